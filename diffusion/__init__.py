@@ -1,0 +1,3 @@
+"""Text-to-image diffusion: not built yet; nothing is registered here."""
+
+ENTRIES: dict[str, dict[str, str]] = {}

@@ -1,0 +1,3 @@
+"""Graph recommenders: not built yet; nothing is registered here."""
+
+ENTRIES: dict[str, dict[str, str]] = {}
