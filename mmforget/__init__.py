@@ -1,4 +1,5 @@
 """mmforget: a workbench for multimodal machine unlearning."""
+
 from pathlib import Path
 
 # A wheel holds the modality packages inside this folder; a checkout keeps them beside it.

@@ -248,7 +248,9 @@ def write_text(path: Path, text: str) -> None:
 
 def save_arrays(path: Path, groups: Mapping[str, Mapping[str, np.ndarray[Any, Any]]]) -> None:
     """Write named groups of arrays to one compressed file, atomically."""
-    flat = {f"{group}|{name}": array for group, part in groups.items() for name, array in part.items()}
+    flat = {
+        f"{group}|{name}": array for group, part in groups.items() for name, array in part.items()
+    }
     with writing(path) as temporary, temporary.open("wb") as handle:
         np.savez_compressed(handle, **flat)  # type: ignore[arg-type]
 

@@ -49,7 +49,7 @@ class Registry(Generic[T]):
             here = f"{cls.__module__}:{cls.__qualname__}"
             if taken is not None and taken != here:
                 raise ConfigError(f"{self.kind} {name!r} is registered twice: {taken} and {here}")
-            self._targets[name] = cls  # type: ignore[assignment]
+            self._targets[name] = cls
             return cls
 
         return decorate

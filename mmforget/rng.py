@@ -1,4 +1,4 @@
-"""Random numbers that depend on a seed and a name, never on a global state or on a batch's split."""
+"""Random numbers that depend on a seed and a name, not on a global state or a batch's split."""
 
 import hashlib
 from collections.abc import Sequence

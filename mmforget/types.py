@@ -104,9 +104,7 @@ class Adapter(Protocol):
         """Run the model once; nothing is drawn and nothing cached."""
         ...
 
-    def divergence(
-        self, student: Outputs, teacher: Outputs, temperature: float = 1.0
-    ) -> Tensor:
+    def divergence(self, student: Outputs, teacher: Outputs, temperature: float = 1.0) -> Tensor:
         """Return [B], summed over units: KL(teacher || student)·T², or squared distance of noise.
 
         KL is over softmax(pred / T). Where predictions are no distribution T is ignored.
@@ -180,7 +178,7 @@ class Splits:
         found = self.probes.get(name) or getattr(self, name, None)
         if found is None:
             raise SplitError(f"no split {name!r} here; there are: {', '.join(self.names())}, train")
-        return found  # type: ignore[no-any-return]
+        return found
 
     def check(self, allow_shared_content: bool = False) -> list[str]:
         """Check that splits are usable and disjoint, by id and by content.
@@ -403,7 +401,7 @@ class UnlearningMethod(ABC, Generic[ConfigT]):
         config_type: Its frozen dataclass.
     """
 
-    reads: ClassVar[frozenset[str]]
+    reads: frozenset[str]
     modalities: ClassVar[frozenset[str] | None] = None
     intent: ClassVar[str]
     trains: ClassVar[str] = "weights in `scope`"
@@ -487,9 +485,9 @@ class Lab(Protocol):
         """Return a model trained on these indices of `splits.train`."""
         ...
 
-    def unlearn(self, model: nn.Module, forget: Sequence[int], keep: Sequence[int], seed: int) -> (
-        nn.Module
-    ):
+    def unlearn(
+        self, model: nn.Module, forget: Sequence[int], keep: Sequence[int], seed: int
+    ) -> nn.Module:
         """Run the trial's own method on `model`: forget and retain are indices of `splits.train`.
 
         Cached like `shadow`.

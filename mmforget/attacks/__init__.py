@@ -1,0 +1,1 @@
+"""Attacks on per-example numbers, and on weights through the shared loop."""

@@ -1,0 +1,1 @@
+"""Methods that every modality shares; one file is one method."""

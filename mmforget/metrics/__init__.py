@@ -1,0 +1,1 @@
+"""Metrics on per-example numbers."""

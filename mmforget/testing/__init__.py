@@ -1,0 +1,1 @@
+"""Toy adapters of every shape, and the contract that each loss method must keep."""

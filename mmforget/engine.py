@@ -1,0 +1,381 @@
+"""Devices, precision, processes and passes over data: the only module that touches `accelerate`.
+
+Results do not depend on how an effective batch is split: every loss is a sum divided by the global
+count of examples (or units), gradients are summed over processes once per optimiser step, and
+random numbers are drawn for the whole batch and cut (`mmforget.rng.Draws`).
+"""
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object
+from torch import Tensor, nn
+
+from mmforget.errors import ConfigError
+from mmforget.options import option
+from mmforget.record import write_text
+from mmforget.rng import Draws, derive
+from mmforget.types import Adapter, Batch, Dataset
+
+logger = logging.getLogger(__name__)
+
+SUPPORTED = (
+    DistributedType.NO,
+    DistributedType.MULTI_CPU,
+    DistributedType.MULTI_GPU,
+)
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """How to run; nothing here changes results beyond rounding, so none of it enters a cache key.
+
+    (Precision does change rounding; it is recorded with the environment.)
+    """
+
+    device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
+    precision: str = option("no", "mixed precision", choices=("no", "bf16", "fp16"))
+    accumulation: int = option(1, "micro-batches an effective batch is split into", low=1)
+    eval_batch_size: int = option(256, "examples in a batch of evaluation", low=1)
+    threads: int | None = option(None, "CPU threads; null takes torch's choice", low=1)
+    channels_last: bool = option(True, "store 4-d weights channels-last")
+    compile: bool = option(False, "torch.compile the trained model")
+    checkpoint_every_s: float = option(30.0, "seconds between step checkpoints", low=0)
+    log_every: int = option(10, "optimiser steps between logged losses", low=1)
+    progress: bool = option(True, "draw progress bars on a terminal's stderr")
+    trackers: list[str] = option([], "accelerate trackers: tensorboard, trackio, wandb")
+
+
+class Engine:
+    """One device layer for a run: made once, passed to whoever computes.
+
+    Args:
+        runtime: How to run.
+        log_dir: Folder for trackers that write files.
+
+    Raises:
+        ConfigError: The device does not exist here, or the launcher's mode is not supported.
+    """
+
+    def __init__(self, runtime: Runtime | None = None, log_dir: Path | None = None) -> None:
+        self.runtime = runtime or Runtime()
+        if self.runtime.threads is not None:
+            torch.set_num_threads(self.runtime.threads)
+        self.accelerator = _accelerator(self.runtime, log_dir)
+        if self.accelerator.distributed_type not in SUPPORTED:
+            raise ConfigError(
+                f"launched as {self.accelerator.distributed_type.value}; supported are one process "
+                f"and several on CPU or GPU (accelerate launch --num_processes N)"
+            )
+        self.device = self.accelerator.device
+        self.rank = self.accelerator.process_index
+        self.world = self.accelerator.num_processes
+        self.events: Path | None = None
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files."""
+        return bool(self.rank == 0)
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        if self.world > 1:
+            self.accelerator.wait_for_everyone()
+
+    def share(self, value: Any) -> Any:
+        """Return the main process's value on every process."""
+        return broadcast_object_list([value])[0] if self.world > 1 else value
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Write one step's losses to the event file and the trackers."""
+        if self.events is not None and self.is_main:
+            with self.events.open("a") as lines:
+                lines.write(json.dumps({"step": step, **values}) + "\n")
+        if self.runtime.trackers:
+            self.accelerator.log(dict(values), step=step)
+
+    def rewind_log(self, step: int) -> None:
+        """Drop events after a step, when a killed run goes on from it."""
+        if self.events is not None and self.is_main and self.events.is_file():
+            lines = self.events.read_text().splitlines()
+            kept = [
+                line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step
+            ]
+            write_text(self.events, "".join(line + "\n" for line in kept))
+
+    @contextmanager
+    def recording(self, name: str, config: Mapping[str, Any], events: Path) -> Iterator[None]:
+        """Send losses of the block to `events` and to the trackers, as one tracked run."""
+        self.events = events
+        if self.runtime.trackers:
+            self.accelerator.init_trackers(name.replace("/", "-"), config=dict(config))
+        try:
+            yield
+        finally:
+            self.events = None
+            if self.runtime.trackers:
+                self.accelerator.end_training()
+
+    def place(self, model: nn.Module) -> nn.Module:
+        """Put a model on the device, in the memory layout that the runtime asks for."""
+        if self.runtime.channels_last and any(p.dim() == 4 for p in model.parameters()):
+            return model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+        return model.to(self.device)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Return the mixed-precision context of one forward pass."""
+        if self.runtime.precision == "no":
+            return nullcontext()
+        return self.accelerator.autocast()  # type: ignore[no-any-return]
+
+    def reduce_sum(self, tensors: Sequence[Tensor]) -> None:
+        """Sum tensors over processes in place, in one message per dtype."""
+        if self.world == 1:
+            return
+        for dtype in {tensor.dtype for tensor in tensors}:
+            group = [tensor for tensor in tensors if tensor.dtype == dtype]
+            flat = torch.cat([tensor.reshape(-1) for tensor in group])
+            flat = self.accelerator.reduce(flat, reduction="sum")
+            for tensor, part in zip(group, flat.split([t.numel() for t in group]), strict=True):
+                tensor.copy_(part.view_as(tensor))
+
+    def load(
+        self,
+        adapter: Adapter,
+        parts: Mapping[str, tuple[Dataset, Sequence[int]]],
+        *,
+        seed: int,
+        stream: Sequence[str | int],
+        train: bool,
+        union: bool = False,
+        accumulation: int | None = None,
+        raw: "Mapping[tuple[str, int], Any] | None" = None,
+    ) -> list[dict[str, Batch]]:
+        """Prepare one effective batch: a list of micro-batches, each `split -> Batch`.
+
+        Args:
+            adapter: The modality.
+            parts: For each split its data set and the examples of the effective batch.
+            seed: Seed of the draws.
+            stream: Names the draws of this step.
+            train: Which transform.
+            union: Count the splits as one batch, so means run over all of them.
+            accumulation: Micro-batches; None takes the runtime's.
+            raw: Raw batches already taken, by (split, micro-batch).
+        """
+        count = accumulation or self.runtime.accumulation
+        micro: list[dict[str, Batch]] = [{} for _ in range(count)]
+        prepared: dict[str, list[tuple[int, Any]]] = {}
+        for split, (dataset, indices) in parts.items():
+            if not indices:
+                continue
+            cuts = self.cuts(len(indices), count)
+            draw = partial(Draws, seed, *stream, split, total=len(indices), device=self.device)
+            for m, (rows, weight) in enumerate(cuts):
+                if not len(rows):
+                    continue
+                taken = raw.get((split, m)) if raw else None
+                if taken is None:
+                    taken = dataset.take([indices[r] for r in rows])
+                data = adapter.prepare(taken, draw("prepare", rows=rows), train)
+                prepared.setdefault(split, []).append((m, data))
+                micro[m][split] = Batch(
+                    split=split,
+                    ids=[dataset.ids[indices[r]] for r in rows],
+                    data=data,
+                    units=adapter.units(data),
+                    total=len(indices),
+                    total_units=0.0,
+                    weight=weight,
+                    draws=partial(_draws, draw, rows),
+                )
+        return self._totalled([m for m in micro if m], union)
+
+    def _totalled(self, micro: list[dict[str, Batch]], union: bool) -> list[dict[str, Batch]]:
+        """Fill in the counts of the effective batch, over micro-batches and processes."""
+        splits = sorted({split for part in micro for split in part})
+        units = torch.zeros(len(splits), dtype=torch.float64, device=self.device)
+        totals = dict.fromkeys(splits, 0)
+        for part in micro:
+            for split, batch in part.items():
+                units[splits.index(split)] += batch.units.double().sum() * batch.weight
+                totals[split] = batch.total
+        self.reduce_sum([units])
+        sums = dict(zip(splits, units.tolist(), strict=True))
+        if union:
+            totals = dict.fromkeys(splits, sum(totals.values()))
+            sums = dict.fromkeys(splits, sum(sums.values()))
+        return [
+            {
+                split: replace(batch, total=totals[split], total_units=sums[split])
+                for split, batch in part.items()
+            }
+            for part in micro
+        ]
+
+    def cuts(self, total: int, accumulation: int) -> list[tuple[range, float]]:
+        """Return this process's rows of an effective batch, one range a micro-batch, and a weight.
+
+        A batch with fewer rows than processes is computed whole by each of them at weight
+        1/processes: no process may stay out of a collective operation.
+        """
+        if total < self.world * accumulation:
+            whole = [(range(total), 1.0 / self.world)]
+            return whole + [(range(0), 0.0)] * (accumulation - 1)
+        edges = np.linspace(0, total, self.world * accumulation + 1).round().astype(int).tolist()
+        pieces = [range(a, b) for a, b in pairwise(edges)]
+        return [(pieces[m * self.world + self.rank], 1.0) for m in range(accumulation)]
+
+    def predict(
+        self, model: nn.Module, adapter: Adapter, dataset: Dataset, seed: int
+    ) -> dict[str, np.ndarray[Any, Any]]:
+        """Return `Adapter.record` of every example, in the data set's order, on every process.
+
+        Args:
+            model: Put into evaluation mode for the pass and back afterwards.
+            adapter: The modality.
+            dataset: The examples.
+            seed: Seed of what the evaluation draws (noise), the same for every model.
+
+        Returns:
+            Name -> array [N, ...]; `ids` among them.
+        """
+        size = self.runtime.eval_batch_size
+        starts = list(range(0, len(dataset), size))
+        local: list[tuple[int, dict[str, np.ndarray[Any, Any]]]] = []
+        mode = model.training
+        model.eval()
+        mine = starts[self.rank :: self.world]
+        with torch.inference_mode():
+            rows = [list(range(s, min(s + size, len(dataset)))) for s in mine]
+            for start, chunk, raw in zip(mine, rows, ahead(dataset, rows), strict=True):
+                draws = Draws(seed, "evaluate", start, total=len(chunk), device=self.device)
+                data = adapter.prepare(raw, draws, train=False)
+                with self.autocast():
+                    numbers = adapter.record(model, data)
+                local.append((start, {k: v.cpu().numpy() for k, v in numbers.items()}))
+        model.train(mode)
+        parts = gather_object(local) if self.world > 1 else local
+        parts.sort(key=lambda part: part[0])
+        found = {
+            name: np.concatenate([part[name] for _, part in parts])
+            for name in (parts[0][1] if parts else {})
+        }
+        found["ids"] = np.array(list(dataset.ids), dtype=np.str_)
+        return found
+
+
+def ahead(dataset: Dataset, chunks: Sequence[Sequence[int]]) -> Iterator[Any]:
+    """Yield raw batches, taking the next one in a thread while the current one is computed on."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(dataset.take, chunks[0]) if chunks else None
+        for k in range(len(chunks)):
+            assert waiting is not None
+            raw = waiting.result()
+            if k + 1 < len(chunks):
+                waiting = pool.submit(dataset.take, chunks[k + 1])
+            yield raw
+
+
+def epoch_order(size: int, seed: int, *stream: str | int) -> list[int]:
+    """Return a shuffled order of `size` examples for one named pass."""
+    rng = torch.Generator().manual_seed(derive(seed, "order", *stream))
+    return torch.randperm(size, generator=rng).tolist()
+
+
+class Meter:
+    """Wall time, device time and peak memory of a block of work, pauses left out."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.wall_s = 0.0
+        self.device_s = 0.0
+        self.peak_bytes = 0
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Count what happens inside."""
+        cuda = self.device.type == "cuda"
+        if cuda:
+            torch.cuda.synchronize(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+            begin = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            begin.record()
+        else:
+            base = _resident(reset=True)
+        wall, busy = time.perf_counter(), time.process_time()
+        try:
+            yield
+        finally:
+            if cuda:
+                end.record()
+                torch.cuda.synchronize(self.device)
+                self.device_s += begin.elapsed_time(end) / 1000.0
+                peak = torch.cuda.max_memory_allocated(self.device)
+            else:
+                self.device_s += time.process_time() - busy
+                peak = max(0, _resident() - base)
+            self.wall_s += time.perf_counter() - wall
+            self.peak_bytes = max(self.peak_bytes, peak)
+
+
+def _resident(reset: bool = False) -> int:
+    """Return resident bytes now (with `reset`, which restarts the peak) or the peak since then."""
+    try:
+        if reset:
+            with open("/proc/self/clear_refs", "w") as handle:
+                handle.write("5")
+        wanted = "VmRSS" if reset else "VmHWM"
+        with open("/proc/self/status") as handle:
+            for line in handle:
+                if line.startswith(wanted):
+                    return int(line.split()[1]) * 1024
+    except OSError:  # not Linux, or a kernel that keeps this closed: only the peak of the process
+        pass
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _accelerator(runtime: Runtime, log_dir: Path | None) -> Accelerator:
+    kind = runtime.device.partition(":")[0]
+    if kind not in ("auto", "cpu", "cuda", "mps"):
+        raise ConfigError(f"runtime.device={runtime.device!r}: auto, cpu, cuda, cuda:N or mps")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("runtime.device=cuda, but torch sees no GPU here. See: mmforget doctor")
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError("runtime.device=mps, but torch sees none here. See: mmforget doctor")
+    if runtime.device.startswith("cuda:"):
+        torch.cuda.set_device(runtime.device)
+    # accelerate keeps one state a process; a second engine may differ in precision and device.
+    if AcceleratorState._shared_state:
+        AcceleratorState._reset_state(reset_partial_state=PartialState().num_processes == 1)
+    return Accelerator(
+        cpu=kind == "cpu" or (kind == "auto" and os.environ.get("ACCELERATE_USE_CPU") == "true"),
+        mixed_precision=runtime.precision,
+        log_with=list(runtime.trackers) or None,
+        project_dir=str(log_dir) if log_dir else None,
+    )
+
+
+def _draws(make: Any, rows: Sequence[int], *stream: str | int) -> Draws:
+    """Return draws of a batch's rows under a further stream name."""
+    partial_draws: Draws = make(*stream, rows=rows)
+    return partial_draws

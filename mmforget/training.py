@@ -1,0 +1,364 @@
+"""The one training loop: originals, retrained references and every loss method run through it."""
+
+import logging
+import math
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from mmforget.checkpoint import load_state, pack, save_state, unpack
+from mmforget.context import Context
+from mmforget.distributed import synchronised_norm
+from mmforget.engine import Engine, epoch_order
+from mmforget.errors import CollapsedError, ConfigError
+from mmforget.methods.base import LossMethod, Part
+from mmforget.progress import progress
+from mmforget.types import Adapter, Batch, Dataset, Pass, Splits, Training
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimiser step before any data is read.
+
+    Attributes:
+        run: The pass it belongs to.
+        index: Its place in the epoch.
+        rows: The examples of each split.
+    """
+
+    run: Pass
+    index: int
+    rows: dict[str, list[int]]
+
+
+class Supervised(LossMethod[Training]):
+    """Minimise the mean loss on the retain set: trains originals and references, and fine-tunes."""
+
+    reads: frozenset[str] = frozenset({"retain"})
+    intent: ClassVar[str] = "reference"
+    citation: ClassVar[str] = "empirical risk minimisation"
+    config_type: ClassVar[type] = Training
+
+    def passes(self, epoch: int) -> Sequence[Pass]:
+        """One pass over the retain set."""
+        return (Pass("retain", anchor="retain"),)
+
+    def loss(self, ctx: Context, forget: Batch | None, retain: Batch | None) -> dict[str, Tensor]:
+        """Return the mean loss over units of the retain batch."""
+        assert retain is not None
+        return {"retain": ctx.unit_mean(ctx.forward(retain).loss, retain)}
+
+
+def fit(
+    engine: Engine,
+    model: nn.Module,
+    adapter: Adapter,
+    data: Dataset,
+    training: Training,
+    seed: int,
+    state: Path | None = None,
+    label: str = "train",
+) -> nn.Module:
+    """Train a model on a data set by supervised learning; returns it, in evaluation mode.
+
+    Args:
+        engine: Device, precision, processes.
+        model: The model to train.
+        adapter: The modality.
+        data: All of it is used.
+        training: The recipe.
+        seed: Seed of order and augmentation.
+        state: Folder for step checkpoints.
+        label: What the progress bar says.
+
+    Raises:
+        CollapsedError: The loss became NaN or infinite.
+    """
+    splits = Splits(forget=data, retain=data, train=data, holdout=data, test=data)
+    method = Supervised(training)
+    method.resume = state
+    ctx = Context(
+        engine=engine,
+        adapter=adapter,
+        model=engine.place(model),
+        splits=splits,
+        reads=method.reads,
+        label=label,
+        seed=seed,
+    )
+    return optimise(ctx, method).eval()
+
+
+def optimise(ctx: Context, method: LossMethod[Any]) -> nn.Module:
+    """Run a loss method's passes with its optimiser, resuming from its step checkpoint.
+
+    The state after step k is a function of the seed and k alone: orders and draws are re-derived
+    from them, so a killed run that goes on ends with the weights of an unbroken one.
+
+    Raises:
+        CollapsedError: The loss became NaN or infinite.
+    """
+    config, engine = method.training, ctx.engine
+    ctx.epochs = config.epochs
+    ctx.phase = "setup"
+    ctx.model.eval()
+    parameters = list(ctx.scope(config.scope).values())
+    method.setup(ctx)
+    epochs = [plan_epoch(ctx, method, epoch) for epoch in range(config.epochs)]
+    total = sum(len(plan) for plan in epochs)
+    if config.max_steps is not None:
+        total = min(total, config.max_steps)
+    ctx.steps = total
+    if total == 0:
+        return method.finish(ctx)
+    optimizer = engine.accelerator.prepare_optimizer(make_optimizer(config, parameters))
+    done = _resume(ctx, method, optimizer)
+    log = StepLog(engine)
+    saved = time.monotonic()
+    shown = engine.is_main and engine.runtime.progress
+    sync = synchronised_norm(ctx.model, engine) if config.norm == "train" else nullcontext()
+    with sync, progress(ctx.label, total, done, shown) as advance:
+        first = 0
+        for ctx.epoch, plan in enumerate(epochs):
+            skipped = max(0, done - first)
+            ctx.step = max(first, done)
+            for step, parts in _loaded(ctx, plan[skipped : total - first]):
+                set_mode(ctx.model, config.norm)
+                ctx.phase = step.run.name
+                rate = learning_rate(config, ctx.step, total, ctx.epoch)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                optimizer.zero_grad()
+                terms = method.backward(ctx, parts)
+                _reduce(engine, parameters)
+                method.after_backward(ctx)
+                if config.clip_norm is not None:
+                    engine.accelerator.clip_grad_norm_(parameters, config.clip_norm)
+                optimizer.step()
+                method.after_step(ctx, optimizer)
+                ctx.step += 1
+                ctx.examples_seen += sum(len(rows) for rows in step.rows.values())
+                advance(1, log.add(ctx.step, terms, rate, last=ctx.step == total))
+                if ctx.step == first + len(plan):
+                    method.after_epoch(ctx)
+                due = time.monotonic() - saved > engine.runtime.checkpoint_every_s
+                if method.resume is not None and due:
+                    _save(ctx, method, optimizer)
+                    saved = time.monotonic()
+            first += len(plan)
+            if first >= total:
+                break
+    ctx.model.eval()
+    return method.finish(ctx)
+
+
+def plan_epoch(ctx: Context, method: LossMethod[Any], epoch: int) -> list[Step]:
+    """Return the steps of an epoch: for each the examples of each split, by the seed alone.
+
+    Raises:
+        ConfigError: A pass of a fraction so small that nothing is left.
+    """
+    steps: list[Step] = []
+    for run in method.passes(epoch):
+        size = run.batch_size or method.training.batch_size
+        if run.anchor == "union":
+            steps += _union_steps(ctx, run, epoch, size)
+            continue
+        anchor = _share(ctx, run.anchor, run)
+        order = epoch_order(len(anchor), ctx.seed, run.name, run.anchor, epoch)
+        chunks = [[anchor[i] for i in order[k : k + size]] for k in range(0, len(order), size)]
+        partner = iter(()) if run.partner is None else _cycle(ctx, run, epoch)
+        for chunk in chunks:
+            rows = {run.anchor: chunk}
+            if run.partner is not None:
+                count = run.partner_batch_size or len(chunk)
+                rows[run.partner] = [next(partner) for _ in range(count)]
+            steps.append(Step(run, len(steps), rows))
+    return [replace(step, index=index) for index, step in enumerate(steps)]
+
+
+def _union_steps(ctx: Context, run: Pass, epoch: int, size: int) -> list[Step]:
+    tagged = [("forget", i) for i in range(len(ctx.split("forget")))]
+    tagged += [("retain", i) for i in _share(ctx, "retain", run)]
+    order = epoch_order(len(tagged), ctx.seed, run.name, "union", epoch)
+    steps = []
+    for k in range(0, len(order), size):
+        chunk = [tagged[i] for i in order[k : k + size]]
+        rows = {name: [i for split, i in chunk if split == name] for name in ("forget", "retain")}
+        steps.append(Step(run, 0, {name: part for name, part in rows.items() if part}))
+    return steps
+
+
+def _share(ctx: Context, split: str, run: Pass) -> list[int]:
+    """Return the examples of a split that a pass uses: all, or a choice fixed for the run."""
+    size = len(ctx.split(split))
+    if split != "retain" or run.fraction >= 1.0:
+        return list(range(size))
+    count = round(size * run.fraction)
+    if count == 0:
+        raise ConfigError(f"a fraction of {run.fraction} of {size} retain examples leaves none")
+    return sorted(epoch_order(size, ctx.seed, run.name, "fraction")[:count])
+
+
+def _cycle(ctx: Context, run: Pass, epoch: int) -> Iterator[int]:
+    """Yield the partner's examples in shuffled order, over and over."""
+    assert run.partner is not None
+    pool = _share(ctx, run.partner, run)
+    turn = 0
+    while True:
+        for i in epoch_order(len(pool), ctx.seed, run.name, run.partner, epoch, turn):
+            yield pool[i]
+        turn += 1
+
+
+def _loaded(ctx: Context, todo: Sequence[Step]) -> Iterator[tuple[Step, list[Part]]]:
+    """Yield steps with their batches; the next step's raw data is read while one computes."""
+    engine = ctx.engine
+    count = engine.runtime.accumulation
+
+    def read(step: Step) -> dict[tuple[str, int], Any]:
+        return {
+            (split, m): ctx.split(split).take([rows[r] for r in cut])
+            for split, rows in step.rows.items()
+            for m, (cut, _) in enumerate(engine.cuts(len(rows), count))
+            if len(cut)
+        }
+
+    with ThreadPoolExecutor(1) as pool:
+        waiting: Future[dict[tuple[str, int], Any]] | None = None
+        for k, step in enumerate(todo):
+            raw = waiting.result() if waiting is not None else read(step)
+            waiting = pool.submit(read, todo[k + 1]) if k + 1 < len(todo) else None
+            micro = engine.load(
+                ctx.adapter,
+                {split: (ctx.split(split), rows) for split, rows in step.rows.items()},
+                seed=ctx.seed,
+                stream=("train", ctx.epoch, step.index),
+                train=True,
+                union=step.run.anchor == "union",
+                raw=raw,
+            )
+            yield step, [(part.get("forget"), part.get("retain")) for part in micro]
+
+
+def make_optimizer(config: Training, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+    """Return the optimiser of a config, in its fused form where the device has one."""
+    fused = {p.device.type for p in parameters} <= {"cpu", "cuda"}
+    common: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": fused}
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(parameters, momentum=config.momentum, **common)
+    kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
+    return kind(parameters, **common)
+
+
+def learning_rate(config: Training, step: int, total: int, epoch: int) -> float:
+    """Return the learning rate of a step (0-based) of `total`, in an epoch (0-based)."""
+    rate = config.lr
+    if step < config.warmup_steps:
+        return rate * (step + 1) / config.warmup_steps
+    progressed = (step - config.warmup_steps) / max(1, total - config.warmup_steps)
+    if config.schedule == "cosine":
+        return rate * 0.5 * (1.0 + math.cos(math.pi * progressed))
+    if config.schedule == "linear":
+        return rate * (1.0 - progressed)
+    if config.schedule == "step":
+        return rate * config.decay ** sum(epoch >= milestone for milestone in config.milestones)
+    return rate
+
+
+def set_mode(model: nn.Module, norm: str) -> None:
+    """Put a model into training mode, its batch-norm statistics frozen if the config says so."""
+    if not model.training:
+        model.train()
+        if norm == "frozen":
+            for module in model.modules():
+                if isinstance(module, nn.modules.batchnorm._NormBase):
+                    module.eval()
+
+
+class StepLog:
+    """Collects losses on the device and writes them out every few steps, checking they are finite.
+
+    Looking at a loss waits for the device, so it is done once in `runtime.log_every` steps.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.waiting: list[tuple[int, float, dict[str, Tensor]]] = []
+        self.note = ""
+
+    def add(self, step: int, terms: dict[str, Tensor], rate: float, last: bool) -> str:
+        """Take one step's terms; return the latest loss as text.
+
+        Raises:
+            CollapsedError: A loss is not finite.
+        """
+        self.waiting.append((step, rate, terms))
+        if last or len(self.waiting) >= self.engine.runtime.log_every:
+            self._flush()
+        return self.note
+
+    def _flush(self) -> None:
+        for step, rate, terms in self.waiting:
+            values = torch.stack([value.reshape(()) for value in terms.values()])
+            self.engine.reduce_sum([values])
+            named = dict(zip(terms, values.tolist(), strict=True))
+            loss = sum(named.values())
+            if not math.isfinite(loss):
+                raise CollapsedError(
+                    f"the loss is {loss} at step {step} ({named}); lower method.lr, set "
+                    f"method.clip_norm, or train in float32 (runtime.precision=no)"
+                )
+            self.note = f"loss {loss:.4g}"
+            self.engine.log(step, {"loss": loss, "lr": rate, **named})
+        self.waiting.clear()
+
+
+def _reduce(engine: Engine, parameters: Sequence[nn.Parameter]) -> None:
+    if engine.world == 1:
+        return
+    for parameter in parameters:
+        if parameter.grad is None:  # a collective needs the same tensors on every process
+            parameter.grad = torch.zeros_like(parameter)
+    engine.reduce_sum([p.grad for p in parameters if p.grad is not None])
+
+
+def _save(ctx: Context, method: LossMethod[Any], optimizer: torch.optim.Optimizer) -> None:
+    if not ctx.engine.is_main:
+        return
+    assert method.resume is not None
+    tensors, skeleton = pack(
+        {
+            "model": ctx.model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "method": method.state(),
+            "step": ctx.step,
+            "examples_seen": ctx.examples_seen,
+        }
+    )
+    save_state(method.resume, tensors, {"skeleton": skeleton})
+
+
+def _resume(ctx: Context, method: LossMethod[Any], optimizer: torch.optim.Optimizer) -> int:
+    """Load the step checkpoint, if there is one; return the steps already done."""
+    found = load_state(method.resume) if method.resume is not None else None
+    if found is None:
+        return 0
+    tensors, scalars = found
+    state = unpack(tensors, scalars["skeleton"])
+    ctx.model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    method.load_state(state["method"])
+    ctx.examples_seen = state["examples_seen"]
+    ctx.engine.rewind_log(state["step"])
+    logger.info("%s goes on from step %d", ctx.label, state["step"])
+    return int(state["step"])
