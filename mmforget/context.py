@@ -33,7 +33,6 @@ class Context:
         step: Index of the running optimiser step, from 0.
         steps: Number of optimiser steps of the run.
         trainable: Parameters in scope, by name.
-        examples_seen: Examples drawn so far, setup included.
     """
 
     def __init__(
@@ -47,7 +46,7 @@ class Context:
         label: str,
         seed: int,
         fresh_model: Callable[[int], nn.Module] | None = None,
-        retrain: Callable[[int], nn.Module] | None = None,
+        retrain: Callable[[int | None], nn.Module] | None = None,
     ) -> None:
         self.engine = engine
         self.adapter = adapter
@@ -59,7 +58,6 @@ class Context:
         self.step = 0
         self.steps = 0
         self.trainable: dict[str, nn.Parameter] = {}
-        self.examples_seen = 0
         self._called: nn.Module = model
         if engine.runtime.compile:
             self._called = torch.compile(model)  # type: ignore[assignment]
@@ -133,8 +131,12 @@ class Context:
         assert self._fresh_model is not None, "this context was made without a model builder"
         return self.engine.place(self._fresh_model(seed))
 
-    def retrain(self, seed: int) -> nn.Module:
-        """Return the model trained from scratch on the retain set; the reference of all methods."""
+    def retrain(self, seed: int | None = None) -> nn.Module:
+        """Return the model trained from scratch on the retain set.
+
+        Args:
+            seed: Training seed; None takes the original's, which gives the reference of all runs.
+        """
         assert self._retrain is not None, "this context was made without a trainer"
         return self._retrain(seed)
 
@@ -162,7 +164,7 @@ class Context:
                 train=train,
                 accumulation=1,
             )
-            self.examples_seen += len(rows)
+            self.engine.meter.examples_seen += len(rows)
             yield parts[split]
 
     def gradients(self, value: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from mmforget.errors import ConfigError
 from mmforget.options import option
-from mmforget.record import write_text
+from mmforget.record import Cost, write_text
 from mmforget.rng import Draws, derive
 from mmforget.types import Adapter, Batch, Dataset
 
@@ -86,6 +86,7 @@ class Engine:
         self.rank = self.accelerator.process_index
         self.world = self.accelerator.num_processes
         self.events: Path | None = None
+        self.meter = Meter(self.device)
 
     @property
     def is_main(self) -> bool:
@@ -117,6 +118,16 @@ class Engine:
                 line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step
             ]
             write_text(self.events, "".join(line + "\n" for line in kept))
+
+    @contextmanager
+    def metered(self) -> Iterator["Meter"]:
+        """Measure the block; training loops inside add their steps to the yielded meter."""
+        outer, self.meter = self.meter, Meter(self.device)
+        try:
+            with self.meter.running():
+                yield self.meter
+        finally:
+            self.meter = outer
 
     @contextmanager
     def recording(self, name: str, config: Mapping[str, Any], events: Path) -> Iterator[None]:
@@ -299,13 +310,44 @@ def epoch_order(size: int, seed: int, *stream: str | int) -> list[int]:
 
 
 class Meter:
-    """Wall time, device time and peak memory of a block of work, pauses left out."""
+    """What a block of work costs; a resumed block adds to what its killed part had cost."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.wall_s = 0.0
         self.device_s = 0.0
         self.peak_bytes = 0
+        self.steps = 0
+        self.examples_seen = 0
+        self._since: tuple[float, float] | None = None
+
+    def cost(self, trainable: int) -> Cost:
+        """Return what was measured, for a method that trains this many parameters."""
+        return Cost(
+            wall_s=self.wall_s,
+            device_s=self.device_s,
+            peak_bytes=self.peak_bytes,
+            steps=self.steps,
+            examples_seen=self.examples_seen,
+            trainable=trainable,
+        )
+
+    def state(self) -> dict[str, float]:
+        """Return the cost so far, for a step checkpoint written while running."""
+        wall, busy = self._since or (time.perf_counter(), time.process_time())
+        return {
+            "wall_s": self.wall_s + time.perf_counter() - wall,
+            "device_s": self.device_s + time.process_time() - busy,
+            "steps": self.steps,
+            "examples_seen": self.examples_seen,
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Add the cost that a killed process had stored."""
+        self.wall_s += state["wall_s"]
+        self.device_s += state["device_s"]
+        self.steps = int(state["steps"])
+        self.examples_seen = int(state["examples_seen"])
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -319,10 +361,11 @@ class Meter:
             begin.record()
         else:
             base = _resident(reset=True)
-        wall, busy = time.perf_counter(), time.process_time()
+        wall, busy = self._since = (time.perf_counter(), time.process_time())
         try:
             yield
         finally:
+            self._since = None
             if cuda:
                 end.record()
                 torch.cuda.synchronize(self.device)

@@ -155,10 +155,9 @@ class RunResult:
 
 def to_json(result: RunResult) -> str:
     """Return `run.json`'s text; NaN and infinities become strings, as JSON has none."""
-    content = asdict(replace(result, folder=Path()))
+    content = asdict(replace(result, folder=Path(), attacks={}))
     del content["folder"]
-    for attack in content["attacks"].values():
-        del attack["targets"]
+    content["attacks"] = {name: encode_result(attack) for name, attack in result.attacks.items()}
     return json.dumps(_encode(content), indent=1, sort_keys=True, allow_nan=False)
 
 
@@ -178,12 +177,23 @@ def from_json(text: str, folder: Path = Path()) -> RunResult:
         content["seeds"] = Seeds(**content["seeds"])
         content["cost"] = Cost(**content["cost"])
         content["metrics"] = {k: MetricValue(**v) for k, v in content["metrics"].items()}
-        for name, attack in content["attacks"].items():
-            values = {k: MetricValue(**v) for k, v in attack.pop("values").items()}
-            content["attacks"][name] = AttackResult(values=values, **attack)
+        content["attacks"] = {k: decode_result(v) for k, v in content["attacks"].items()}
         return RunResult(**content, folder=folder)
     except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
         raise DataError(f"{folder}/run.json is no run record: {error}") from error
+
+
+def encode_result(result: AttackResult) -> dict[str, Any]:
+    """Return an attack's result as plain values, its per-target arrays left out."""
+    content = asdict(replace(result, targets={}))
+    del content["targets"]
+    return content
+
+
+def decode_result(content: Mapping[str, Any]) -> AttackResult:
+    """Return what `encode_result` wrote."""
+    values = {name: MetricValue(**value) for name, value in content["values"].items()}
+    return AttackResult(**{**content, "values": values})
 
 
 def load_run(folder: Path) -> RunResult:

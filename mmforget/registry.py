@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from mmforget.errors import ConfigError, MissingDependencyError, MMForgetError, unknown
 
@@ -49,7 +49,7 @@ class Registry(Generic[T]):
             here = f"{cls.__module__}:{cls.__qualname__}"
             if taken is not None and taken != here:
                 raise ConfigError(f"{self.kind} {name!r} is registered twice: {taken} and {here}")
-            self._targets[name] = cls
+            self._targets[name] = cast(T, cls)
             return cls
 
         return decorate
@@ -99,7 +99,7 @@ class Registry(Generic[T]):
                     raise MissingDependencyError(missing, EXTRAS[missing]) from error
                 raise
             self._targets[full] = target
-        return target  # type: ignore[return-value]
+        return target
 
     def __contains__(self, name: object) -> bool:
         return name in self._targets

@@ -146,7 +146,8 @@ def optimise(ctx: Context, method: LossMethod[Any]) -> nn.Module:
                 optimizer.step()
                 method.after_step(ctx, optimizer)
                 ctx.step += 1
-                ctx.examples_seen += sum(len(rows) for rows in step.rows.values())
+                engine.meter.steps += 1
+                engine.meter.examples_seen += sum(len(rows) for rows in step.rows.values())
                 advance(1, log.add(ctx.step, terms, rate, last=ctx.step == total))
                 if ctx.step == first + len(plan):
                     method.after_epoch(ctx)
@@ -342,7 +343,7 @@ def _save(ctx: Context, method: LossMethod[Any], optimizer: torch.optim.Optimize
             "optimizer": optimizer.state_dict(),
             "method": method.state(),
             "step": ctx.step,
-            "examples_seen": ctx.examples_seen,
+            "cost": ctx.engine.meter.state(),
         }
     )
     save_state(method.resume, tensors, {"skeleton": skeleton})
@@ -358,7 +359,7 @@ def _resume(ctx: Context, method: LossMethod[Any], optimizer: torch.optim.Optimi
     ctx.model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     method.load_state(state["method"])
-    ctx.examples_seen = state["examples_seen"]
+    ctx.engine.meter.load_state(state["cost"])
     ctx.engine.rewind_log(state["step"])
     logger.info("%s goes on from step %d", ctx.label, state["step"])
     return int(state["step"])

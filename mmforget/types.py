@@ -6,7 +6,7 @@ training, protocol), `UnlearningMethod`, `Metric` and `Attack`.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from mmforget.report.section import Section
 
 ConfigT = TypeVar("ConfigT")
+T = TypeVar("T")
 
 
 class Outputs(NamedTuple):
@@ -378,6 +379,10 @@ class Benchmark(ABC):
 
         return fit(engine, model, self.adapter, data, self.config.training, seed, state)
 
+    def collapsed(self, metrics: Mapping[str, MetricValue]) -> str | None:
+        """Return why a model with these metrics is of no use (utility at chance), or None."""
+        return None
+
     def samples(self, trial: "Trial", folder: Path) -> None:
         """Write what a report wants to show of single examples into `folder`, if anything."""
         return None
@@ -411,6 +416,7 @@ class UnlearningMethod(ABC, Generic[ConfigT]):
 
     def __init__(self, config: ConfigT) -> None:
         self.config = config
+        self.resume: Path | None = None  # folder of step checkpoints; set by the pipeline
 
     @abstractmethod
     def run(self, ctx: "Context") -> nn.Module:
@@ -437,7 +443,10 @@ class Budget:
 class ModelView:
     """A model seen from outside: its per-example numbers on each split, each computed once.
 
-    A view of a finished run reads the numbers it stored and loads weights only if asked for them.
+    Args:
+        load: Returns the model; called when first needed.
+        predict: Returns per-example arrays of a model on a data set.
+        splits: The data.
     """
 
     def __init__(
@@ -445,13 +454,13 @@ class ModelView:
         load: Callable[[], nn.Module],
         predict: Callable[[nn.Module, Dataset], dict[str, np.ndarray[Any, Any]]],
         splits: Splits,
-        stored: Mapping[str, dict[str, np.ndarray[Any, Any]]] | None = None,
     ) -> None:
         self._load = load
         self._predict = predict
         self._splits = splits
         self._model: nn.Module | None = None
-        self._numbers = dict(stored or {})
+        self._numbers: dict[str, dict[str, np.ndarray[Any, Any]]] = {}
+        self._memo: dict[Any, Any] = {}
 
     @property
     def model(self) -> nn.Module:
@@ -465,6 +474,13 @@ class ModelView:
         if split not in self._numbers:
             self._numbers[split] = self._predict(self.model, self._splits.get(split))
         return self._numbers[split]
+
+    def memo(self, key: Hashable, compute: Callable[["ModelView"], T]) -> T:
+        """Return `compute(self)`, computed once: derived numbers that several metrics share."""
+        if key not in self._memo:
+            self._memo[key] = compute(self)
+        found: T = self._memo[key]
+        return found
 
     def on(self, dataset: Dataset) -> dict[str, np.ndarray[Any, Any]]:
         """Return per-example arrays of any data set; not kept."""
@@ -537,10 +553,10 @@ class Metric(ABC):
 
     @abstractmethod
     def compute(self, trial: Trial) -> Mapping[str, MetricValue]:
-        """Return named values, such as `accuracy/forget`; each says its direction and reference.
+        """Return named values, such as `accuracy/forget`, each with its direction.
 
-        A value that needs the retrained model has `reference=None` when there is none, or is left
-        out when it cannot be defined without it; it is never filled in.
+        `reference` may stay None: the pipeline fills in the retrained run's value of that name,
+        if there is such a run. A value that cannot be defined without it is left out.
         """
 
 

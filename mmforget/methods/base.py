@@ -1,7 +1,6 @@
 """Loss methods: hooks over one shared training loop (`mmforget.training.optimise`)."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
@@ -29,8 +28,6 @@ class LossMethod(UnlearningMethod[ConfigT]):
     weights; wrappers such as SAM tell terms apart by that. Terms are already scaled by
     `ctx.mean` and the like, so that their sum over micro-batches is the loss.
     """
-
-    resume: Path | None = None
 
     @property
     def training(self) -> Training:

@@ -1,0 +1,1 @@
+"""YAML groups: mini worlds, presets, suites, runtimes and trackers."""

@@ -1,0 +1,282 @@
+"""Models and data behind the runs: each original, retrained and shadow model is trained once.
+
+Models are content-addressed by what decides their weights: benchmark, data revision, architecture,
+training config, seed and the ids of the training set. So methods, sweeps and shards share them.
+"""
+
+import copy
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from mmforget.cache import Cache
+from mmforget.checkpoint import load_model, save_model, state_sha
+from mmforget.config import Plan
+from mmforget.context import Context
+from mmforget.engine import Engine
+from mmforget.errors import ResourceError
+from mmforget.record import Cost
+from mmforget.registry import BENCHMARKS, METHODS
+from mmforget.rng import derive
+from mmforget.types import Adapter, Benchmark, Dataset, ModelView, Splits, Subset, UnlearningMethod
+
+logger = logging.getLogger(__name__)
+
+MODELS = "models"
+
+
+@dataclass(frozen=True)
+class Bench:
+    """An opened benchmark: its data read, its request applied and checked.
+
+    Attributes:
+        notes: Warnings about the data, for the record.
+        fingerprint: What of data and model decides the weights.
+    """
+
+    benchmark: Benchmark
+    splits: Splits
+    notes: tuple[str, ...]
+    fingerprint: Mapping[str, Any]
+
+
+class Workbench:
+    """Opens benchmarks, trains models through the cache, and runs methods.
+
+    Args:
+        engine: Device, precision, processes.
+        cache: Where models and decoded data are kept.
+    """
+
+    def __init__(self, engine: Engine, cache: Cache) -> None:
+        self.engine = engine
+        self.cache = cache
+        self._benches: dict[str, Bench] = {}
+        self._views: dict[str, ModelView] = {}
+
+    def bench(self, plan: Plan) -> Bench:
+        """Return the opened benchmark of a plan; the same one for plans that differ in method.
+
+        Raises:
+            DataError: The data are not in the published layout.
+            SplitError: Splits are empty or overlap.
+        """
+        names = ("benchmark", "data", "model", "request")
+        key = json.dumps([plan.benchmark, *(asdict(plan.sections[n]) for n in names)], default=str)
+        if key not in self._benches:
+            configs = [plan.sections[name] for name in names]
+            made = BENCHMARKS.get(plan.benchmark)(*configs, store=self.cache.root / "data")
+            with _main_first(self.engine):
+                splits = made.splits()
+            warnings = splits.check(allow_shared_content=made.allow_shared_content)
+            for warning in warnings:
+                logger.warning("%s", warning)
+            self._benches[key] = Bench(made, splits, tuple(warnings), made.fingerprint())
+        return self._benches[key]
+
+    def trained(
+        self, bench: Bench, plan: Plan, data: Dataset, seed: int, label: str
+    ) -> tuple[nn.Module, Cost, str]:
+        """Return a model trained on `data` by the benchmark's recipe, its cost and cache key.
+
+        Trained once: later calls, runs and processes load it. A killed training goes on.
+
+        Raises:
+            CollapsedError: The loss became NaN or infinite.
+        """
+        inputs = self.model_inputs(bench, plan, data, seed)
+        engine, benchmark = self.engine, bench.benchmark
+        with ExitStack() as stack:
+            place = (
+                stack.enter_context(self.cache.building(MODELS, inputs)) if engine.is_main else None
+            )
+            found = (place.ready, place.path, place.scratch) if place is not None else None
+            ready, path, scratch = engine.share(found)
+            model = benchmark.build(derive(seed, "init"))
+            if not ready:
+                logger.info("training the %s model", label)
+                with engine.metered() as meter, _memory_hint():
+                    model = benchmark.train(engine, model, data, seed, scratch / "state")
+                if place is not None:
+                    payload = place.scratch / "payload"
+                    payload.mkdir(parents=True, exist_ok=True)
+                    save_model(model, payload / "model.safetensors")
+                    cost = meter.cost(sum(p.numel() for p in model.parameters()))
+                    (payload / "cost.json").write_text(json.dumps(asdict(cost)))
+                    place.commit()
+            engine.barrier()
+        load_model(model, path / "model.safetensors")
+        cost = Cost(**json.loads((path / "cost.json").read_text()))
+        return engine.place(model).eval(), cost, path.name
+
+    def model_inputs(self, bench: Bench, plan: Plan, data: Dataset, seed: int) -> dict[str, Any]:
+        """Return what decides the weights of a trained model: the content of its cache key."""
+        return {
+            "benchmark": plan.benchmark,
+            "recipe": bench.benchmark.recipe,
+            "fingerprint": dict(bench.fingerprint),
+            "training": asdict(plan.sections["benchmark"].training),
+            "seed": seed,
+            "examples": ids_sha(data),
+        }
+
+    def view(self, bench: Bench, model: nn.Module, seed: int, name: str | None = None) -> ModelView:
+        """Return a view of a model; a named one is kept, with its numbers, for later runs."""
+        key = None if name is None else f"{name}/{seed}/{id(bench)}"
+        if key is not None and key in self._views:
+            return self._views[key]
+        adapter, engine = bench.benchmark.adapter, self.engine
+
+        def predict(m: nn.Module, data: Dataset) -> dict[str, np.ndarray[Any, Any]]:
+            return engine.predict(m, adapter, data, seed)
+
+        made = ModelView(lambda: model, predict, bench.splits)
+        if key is not None:
+            self._views[key] = made
+        return made
+
+    def unlearn(
+        self,
+        bench: Bench,
+        plan: Plan,
+        model: nn.Module,
+        splits: Splits,
+        seed: int,
+        resume: Path | None,
+    ) -> tuple[nn.Module, Cost]:
+        """Run the plan's method on a copy of `model`; return the result and its cost.
+
+        Raises:
+            CollapsedError: The loss became NaN or infinite.
+            ResourceError: Out of memory; the message names the knobs.
+        """
+        engine = self.engine
+        cls: type[UnlearningMethod[Any]] = METHODS.get(plan.method)
+        method = cls(plan.sections["method"])
+        method.resume = resume
+        reference: list[Cost] = []
+
+        def retrain(chosen: int | None) -> nn.Module:
+            train_seed = plan.seeds.train if chosen is None else chosen
+            made, cost, _ = self.trained(bench, plan, splits.retain, train_seed, "retrained")
+            reference.append(cost)
+            return made
+
+        student = copy.deepcopy(model)
+        bench.benchmark.adapter.apply_request(student, splits)
+        ctx = Context(
+            engine=engine,
+            adapter=bench.benchmark.adapter,
+            model=engine.place(student),
+            splits=splits,
+            reads=method.reads,
+            label=plan.method,
+            seed=seed,
+            fresh_model=bench.benchmark.build,
+            retrain=retrain,
+        )
+        with engine.metered() as meter, _memory_hint():
+            made = method.run(ctx).eval()
+        if reference:  # the reference is loaded from the cache: its cost is that of its training
+            return made, reference[0]
+        trainable = sum(parameter.numel() for parameter in ctx.trainable.values())
+        return made, meter.cost(trainable)
+
+
+class TrialLab:
+    """Shadow models of one run: trained and unlearned by its own recipe, cached."""
+
+    def __init__(self, workbench: Workbench, bench: Bench, plan: Plan) -> None:
+        self.workbench = workbench
+        self.bench = bench
+        self.plan = plan
+        self.adapter: Adapter = bench.benchmark.adapter
+        self.engine = workbench.engine
+
+    def view(self, model: nn.Module) -> ModelView:
+        """Return a view of a model on the run's splits."""
+        return self.workbench.view(self.bench, model, self.plan.seeds.evaluate)
+
+    def shadow(self, keep: Sequence[int], seed: int) -> nn.Module:
+        """Return a model trained on these examples of `splits.train`."""
+        data = Subset(self.bench.splits.train, keep)
+        return self.workbench.trained(self.bench, self.plan, data, seed, "shadow")[0]
+
+    def unlearn(
+        self, model: nn.Module, forget: Sequence[int], keep: Sequence[int], seed: int
+    ) -> nn.Module:
+        """Return `model` after the run's method forgot these examples of `splits.train`."""
+        train = self.bench.splits.train
+        splits = replace(
+            self.bench.splits,
+            forget=Subset(train, forget),
+            retain=Subset(train, keep),
+            train=Subset(train, [*forget, *keep]),
+        )
+        inputs = {
+            "start": state_sha(model),
+            "method": self.plan.method,
+            "config": asdict(self.plan.sections["method"]),
+            "forget": ids_sha(splits.forget),
+            "retain": ids_sha(splits.retain),
+            "seed": seed,
+            "trainer": self.workbench.model_inputs(self.bench, self.plan, splits.retain, seed),
+        }
+        engine = self.engine
+        with ExitStack() as stack:
+            cache = self.workbench.cache
+            place = (
+                stack.enter_context(cache.building("shadows", inputs)) if engine.is_main else None
+            )
+            found = (place.ready, place.path, place.scratch) if place is not None else None
+            ready, path, scratch = engine.share(found)
+            if not ready:
+                made, _ = self.workbench.unlearn(
+                    self.bench, self.plan, model, splits, seed, scratch / "state"
+                )
+                if place is not None:
+                    payload = place.scratch / "payload"
+                    payload.mkdir(parents=True, exist_ok=True)
+                    save_model(made, payload / "model.safetensors")
+                    place.commit()
+            engine.barrier()
+        result = self.bench.benchmark.build(0)
+        load_model(result, path / "model.safetensors")
+        return engine.place(result).eval()
+
+
+def ids_sha(data: Dataset) -> str:
+    """Return the hash of a data set's ids, in order."""
+    return hashlib.sha256("\n".join(data.ids).encode()).hexdigest()
+
+
+@contextmanager
+def _main_first(engine: Engine) -> Iterator[None]:
+    """Let the main process do something first (decode data), the others after it."""
+    if not engine.is_main:
+        engine.barrier()
+    yield
+    if engine.is_main:
+        engine.barrier()
+
+
+@contextmanager
+def _memory_hint() -> Iterator[None]:
+    """Turn torch's out-of-memory errors into one that names the knobs."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        raise ResourceError(
+            "out of memory. Raise runtime.accumulation, lower method.batch_size or "
+            "runtime.eval_batch_size, set runtime.precision=bf16, or train a smaller method.scope"
+        ) from error
