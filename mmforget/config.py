@@ -11,7 +11,6 @@ of benchmark and method, named groups (`runtime=`, `tracker=`), and the words ty
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +23,17 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from mmforget.catalogue import config_file, config_names, config_root
 from mmforget.engine import Runtime
 from mmforget.errors import ConfigError, unknown
 from mmforget.record import Seeds
-from mmforget.registry import ATTACKS, BENCHMARKS, METHODS, METRICS
+from mmforget.registry import ATTACKS, BENCHMARKS, METHODS, METRICS, Registry
 from mmforget.schema import instantiate
 from mmforget.types import Attack, Benchmark, UnlearningMethod
 
 SELECTORS = ("benchmark", "method", "data", "model")
 GROUPS = ("runtime", "tracker", "preset")
+LISTS = ("attack", "metrics")  # a comma list of these is one run's list and no sweep
 SECTIONS = (*SELECTORS, "request", "attack", "metrics", "reference", "seeds", "runtime")
 
 
@@ -99,7 +100,7 @@ def expand(words: Sequence[str], config_dir: Path | None = None) -> list[list[st
     """Return the plain override lists of a sweep: one for each combination of comma lists.
 
     `suite=NAME` stands for the words listed in `configs/suite/NAME.yaml`, before the others.
-    `attack=a,b` is a list of attacks of one run, not a sweep.
+    `attack=a,b` and `metrics=a,b` are lists of one run, not sweeps.
 
     Raises:
         ConfigError: A word that is no override, or an unknown suite.
@@ -108,7 +109,7 @@ def expand(words: Sequence[str], config_dir: Path | None = None) -> list[list[st
     choices: list[list[str]] = []
     for override in _last_wins(parsed):
         line = override.input_line or ""
-        if override.is_sweep_override() and override.key_or_group != "attack":
+        if override.is_sweep_override() and override.key_or_group not in LISTS:
             if not override.is_choice_sweep():
                 raise ConfigError(f"{line}: sweeps are comma lists, such as seed=0,1,2")
             key = override.get_key_element()
@@ -125,15 +126,8 @@ def plan(words: Sequence[str], config_dir: Path | None = None) -> Plan:
         ConfigError: Every fault at once.
     """
     parsed = list(_last_wins(_parse(words)))
-    named = {o.key_or_group: _name(o) for o in parsed if _selects(o)}
-    if "benchmark" not in named:
-        raise ConfigError("no benchmark named. Say benchmark=NAME. See: mmforget list benchmarks")
-    if "method" not in named:
-        raise ConfigError("no method named. Say method=NAME. See: mmforget list methods")
-    benchmark = BENCHMARKS.resolve(named["benchmark"])
-    modality = benchmark.partition("/")[0]
-    method = METHODS.resolve(named["method"], modality)
-    attacks = next((_attack_names(o) for o in parsed if o.key_or_group == "attack"), None)
+    named = {o.key_or_group: str(o.value()) for o in parsed if _selects(o)}
+    benchmark, method = _entries(named)
     base: dict[str, Any] = {"benchmark": {"name": benchmark}, "method": {"name": method}}
     if "data" in named:
         base["data"] = {"source": named["data"]}
@@ -141,14 +135,9 @@ def plan(words: Sequence[str], config_dir: Path | None = None) -> Plan:
         base["model"] = {"name": named["model"]}
     source = named.get("data") or _value(parsed, "data.source") or "mini"
     groups, presets = _groups(named, benchmark, method, source, config_dir)
-    values = [o for o in parsed if not _selects(o) and o.key_or_group != "attack"]
-    merged = _compose(base, groups, values, config_dir)
+    merged = _compose(base, groups, parsed, config_dir)
     merged.setdefault("data", {}).setdefault("source", source)
-    if attacks is not None:
-        tuned = merged.get("attack", {})
-        merged["attack"] = {name: {} for name in attacks} | _known_attacks(tuned, attacks, modality)
-    made = from_mapping(merged)
-    return replace(made, presets=presets, overrides=tuple(words))
+    return replace(_listed(merged, parsed, None), presets=presets, overrides=tuple(words))
 
 
 def from_mapping(values: Mapping[str, Any]) -> Plan:
@@ -161,16 +150,10 @@ def from_mapping(values: Mapping[str, Any]) -> Plan:
     for key in values:
         if key not in (*SECTIONS, "seed", "presets"):
             found.append(unknown("key", key, (*SECTIONS, "seed"), "mmforget run --help"))
-    benchmark = BENCHMARKS.resolve(str(_section(values, "benchmark").get("name")))
+    benchmark, method = _entries(values)
     modality = benchmark.partition("/")[0]
-    method = METHODS.resolve(str(_section(values, "method").get("name")), modality)
     bench: type[Benchmark] = BENCHMARKS.get(benchmark)
     chosen: type[UnlearningMethod[Any]] = METHODS.get(method)
-    if chosen.modalities is not None and modality not in chosen.modalities:
-        raise ConfigError(
-            f"method {method} serves {', '.join(sorted(chosen.modalities))}; {benchmark} is "
-            f"{modality}. See: mmforget list methods"
-        )
     types = {
         "benchmark": bench.config_type,
         "data": bench.data_type,
@@ -184,15 +167,16 @@ def from_mapping(values: Mapping[str, Any]) -> Plan:
             k: v for k, v in _section(values, name).items() if k != "name" or name == "model"
         }
         sections[name] = _collect(found, config_type, section, name)
-    named = values.get("attack", {name: {} for name in bench.attacks})
     attacks = {}
-    for name, section in named.items():
-        full = ATTACKS.resolve(name, modality)
-        attack: type[Attack[Any]] = ATTACKS.get(full)
-        attacks[full] = _collect(found, attack.config_type, section or {}, f"attack.{name}")
-    metrics = tuple(
-        METRICS.resolve(name, modality) for name in values.get("metrics", bench.metrics)
-    )
+    for name, section in _section(
+        {"attack": dict.fromkeys(bench.attacks), **values}, "attack"
+    ).items():
+        full = _resolve(found, ATTACKS, name, modality)
+        if full is not None:
+            attack: type[Attack[Any]] = ATTACKS.get(full)
+            attacks[full] = _collect(found, attack.config_type, section or {}, f"attack.{name}")
+    asked = [_resolve(found, METRICS, m, modality) for m in values.get("metrics", bench.metrics)]
+    metrics = tuple(name for name in asked if name is not None)
     seed_values = dict(_section(values, "seeds"))
     if "seed" in values:
         seed_values["unlearn"] = values["seed"]
@@ -234,21 +218,8 @@ def load_config(path: Path, words: Sequence[str] = ()) -> Plan:
     for override in parsed:
         if _selects(override):
             raise ConfigError(f"{override.input_line}: --config fixes it; change single keys only")
-    return from_mapping(_compose(values, [], parsed, None))
-
-
-def presets_for(method: str) -> list[str]:
-    """Return the shipped presets of a method, such as `vision/mufac/scrub`."""
-    root = Path(str(files("mmforget.configs"))) / "preset"
-    short = method.rpartition("/")[2]
-    found = sorted(root.rglob(f"{short}.yaml")) if root.is_dir() else []
-    return [str(path.relative_to(root).with_suffix("")) for path in found]
-
-
-def suites() -> list[str]:
-    """Return the shipped suites."""
-    root = Path(str(files("mmforget.configs"))) / "suite"
-    return [str(p.relative_to(root).with_suffix("")) for p in sorted(root.rglob("*.yaml"))]
+    known = list(_section(values, "attack")) if "attack" in values else None
+    return _listed(_compose(values, [], parsed, None), parsed, known)
 
 
 def _parse(words: Iterable[str]) -> list[Override]:
@@ -278,24 +249,89 @@ def _selects(override: Override) -> bool:
     return override.key_or_group in (*SELECTORS, *GROUPS) and isinstance(override.value(), str)
 
 
-def _name(override: Override) -> str:
-    return str(override.value())
-
-
-def _attack_names(override: Override) -> list[str]:
+def _names(override: Override) -> list[str]:
+    """Return the names of `attack=a,b`, `attack=[a,b]`, `attack=a` or `attack=none`."""
     if override.is_sweep_override():
-        return [str(name) for name in override.sweep_string_iterator()]
+        if not override.is_choice_sweep():
+            raise ConfigError(f"{override.input_line}: a comma list of names is needed")
+        return [str(name) for name in override.sweep_iterator()]
     value = override.value()
     if isinstance(value, list):
         return [str(name) for name in value]
     return [] if value in (None, "none") else [str(value)]
 
 
-def _known_attacks(tuned: Any, attacks: Sequence[str], modality: str) -> dict[str, Any]:
-    for name in tuned:
-        if name not in attacks:
-            raise ConfigError(f"attack.{name} is set, but attack={','.join(attacks)} leaves it out")
-    return dict(tuned)
+def _resolve(
+    found: list[str], registry: Registry[Any], name: object, modality: str | None
+) -> str | None:
+    try:
+        return registry.resolve(str(name), modality)
+    except ConfigError as error:
+        found.extend(error.faults)
+        return None
+
+
+def _entries(values: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the full names of benchmark and method; a method must serve the modality."""
+    benchmark, method = (_section(values, kind).get("name") for kind in ("benchmark", "method"))
+    found: list[str] = []
+    full = None
+    if benchmark is None:
+        found.append("no benchmark named. Say benchmark=NAME. See: mmforget list benchmarks")
+    else:
+        full = _resolve(found, BENCHMARKS, benchmark, None)
+    chosen = None
+    if method is None:
+        found.append("no method named. Say method=NAME. See: mmforget list methods")
+    elif full is not None or not METHODS.names(str(method)):
+        chosen = _resolve(found, METHODS, method, full and full.partition("/")[0])
+    if full is None or chosen is None:
+        raise ConfigError(found)
+    served = METHODS.get(chosen).modalities
+    modality = full.partition("/")[0]
+    if served is not None and modality not in served:
+        raise ConfigError(
+            f"method {chosen} serves {', '.join(sorted(served))}; {full} is {modality}. "
+            f"See: mmforget list methods"
+        )
+    return full, chosen
+
+
+def _listed(
+    merged: dict[str, Any], parsed: Sequence[Override], attacks: Sequence[str] | None
+) -> Plan:
+    """Return the plan of a merged config, with the attacks and metrics that were typed.
+
+    Args:
+        merged: The config; `attack` may hold values of attacks that are not among the chosen.
+        parsed: The words typed.
+        attacks: The attacks if none are typed; None: those of the benchmark's protocol.
+    """
+    lists = {o.key_or_group: _names(o) for o in parsed if o.key_or_group in LISTS}
+    benchmark, _ = _entries(merged)
+    modality = benchmark.partition("/")[0]
+    default = BENCHMARKS.get(benchmark).attacks if attacks is None else attacks
+    found: list[str] = []
+    chosen = [_resolve(found, ATTACKS, name, modality) for name in lists.get("attack", default)]
+    tuned: dict[str, Any] = {}
+    for name, section in _section(merged, "attack").items():
+        full = _resolve(found, ATTACKS, name, modality)
+        typed = any(str(o.key_or_group).startswith(f"attack.{name}.") for o in parsed)
+        if full is not None and typed and full not in chosen:
+            named = ",".join(name for name in chosen if name) or "none"
+            found.append(f"attack.{name} is set, but attack={named} leaves it out")
+        elif full is not None:
+            tuned[full] = section
+    values = {**merged, "attack": {name: tuned.get(name) for name in chosen if name is not None}}
+    if "metrics" in lists:
+        values["metrics"] = lists["metrics"]
+    try:
+        made = from_mapping(values)
+    except ConfigError as error:
+        raise ConfigError([*found, *error.faults]) from error
+    if found:
+        raise ConfigError(found)
+    return made
 
 
 def _value(parsed: Iterable[Override], key: str) -> str | None:
@@ -307,30 +343,25 @@ def _groups(
 ) -> tuple[list[str], tuple[str, ...]]:
     """Return Hydra's group choices of a run, and the names of those that set values."""
     chosen = []
-    if source == "mini" and _exists(f"mini/{benchmark}", config_dir):
+    if source == "mini" and config_file("mini", benchmark, config_dir):
         chosen.append(f"mini={benchmark}")
     preset = named.get("preset")
     if preset is None:
         place = f"{benchmark}/mini" if source == "mini" else benchmark
         auto = f"{place}/{method.rpartition('/')[2]}"
-        preset = auto if _exists(f"preset/{auto}", config_dir) else "none"
-    elif preset != "none" and not _exists(f"preset/{preset}", config_dir):
-        raise ConfigError(unknown("preset", preset, presets_for("*"), "mmforget list presets"))
+        preset = auto if config_file("preset", auto, config_dir) else "none"
+    elif preset != "none" and not config_file("preset", preset, config_dir):
+        names = config_names("preset", config_dir)
+        raise ConfigError(unknown("preset", preset, names, "mmforget list presets"))
     if preset != "none":
         chosen.append(f"preset={preset}")
     for group in ("runtime", "tracker"):
         if group in named:
-            if not _exists(f"{group}/{named[group]}", config_dir):
-                root = Path(str(files("mmforget.configs"))) / group
-                names = [path.stem for path in root.glob("*.yaml")]
+            if not config_file(group, named[group], config_dir):
+                names = config_names(group, config_dir)
                 raise ConfigError(unknown(group, named[group], names, "mmforget run --help"))
             chosen.append(f"{group}={named[group]}")
     return [f"+{choice}" for choice in chosen], tuple(chosen)
-
-
-def _exists(name: str, config_dir: Path | None) -> bool:
-    roots = [Path(str(files("mmforget.configs")))] + ([config_dir] if config_dir else [])
-    return any((root / f"{name}.yaml").is_file() for root in roots)
 
 
 def _compose(
@@ -345,8 +376,9 @@ def _compose(
     package = "pkg://mmforget.configs"
     node = {**base, "hydra": {"searchpath": [package]}}
     ConfigStore.instance().store(name="mmforget_run", node=node)
-    words = [f"++{(override.input_line or '').lstrip('+')}" for override in values]
-    place = config_dir.resolve() if config_dir else Path(str(files("mmforget.configs"))).resolve()
+    typed = [o for o in values if not _selects(o) and o.key_or_group not in LISTS]
+    words = [f"++{(override.input_line or '').lstrip('+')}" for override in typed]
+    place = config_dir.resolve() if config_dir else config_root()
     if not place.is_dir():
         raise ConfigError(f"--config-dir {config_dir}: no such folder")
     GlobalHydra.instance().clear()
@@ -366,13 +398,11 @@ def _unsuite(words: Sequence[str], config_dir: Path | None) -> list[str]:
     if not named:
         return rest
     name = named[-1].partition("=")[2]
-    roots = ([config_dir] if config_dir else []) + [Path(str(files("mmforget.configs")))]
-    for root in roots:
-        path = root / "suite" / f"{name}.yaml"
-        if path.is_file():
-            content = yaml.safe_load(path.read_text())
-            return [str(word) for word in content["words"]] + rest
-    raise ConfigError(unknown("suite", name, suites(), "mmforget list suites"))
+    path = config_file("suite", name, config_dir)
+    if path is None:
+        names = config_names("suite", config_dir)
+        raise ConfigError(unknown("suite", name, names, "mmforget list suites"))
+    return [str(word) for word in yaml.safe_load(path.read_text())["words"]] + rest
 
 
 def _section(values: Mapping[str, Any], name: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ have statistics of their own; that is what `norm: frozen` (the default while unl
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any
 
 import torch
@@ -41,7 +42,8 @@ def synchronised_norm(model: nn.Module, engine: Engine) -> Iterator[None]:
         yield
         return
     for layer in layers:
-        layer.forward = lambda x, layer=layer: _forward(layer, x)  # type: ignore[method-assign,misc]
+        # A bound method, so that a copy of the model made meanwhile uses the copy's own weights.
+        layer.forward = MethodType(_forward, layer)  # type: ignore[method-assign]
     try:
         yield
     finally:

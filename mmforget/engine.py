@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 from torch import Tensor, nn
@@ -154,6 +155,32 @@ class Engine:
             return nullcontext()
         return self.accelerator.autocast()  # type: ignore[no-any-return]
 
+    @contextmanager
+    def seeded(self, seed: int, *stream: str | int) -> Iterator[None]:
+        """Seed what a model draws by itself (dropout); global generators are put back afterwards.
+
+        Each process draws its own numbers.
+        """
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(derive(seed, *stream, self.rank))
+            yield
+
+    def prepare(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        """Wrap an optimiser for mixed precision.
+
+        Unlike `Accelerator.prepare` this keeps no reference, so models are freed after training.
+        """
+        scaler = self.accelerator.scaler
+        return AcceleratedOptimizer(optimizer, device_placement=False, scaler=scaler)  # type: ignore[no-any-return]
+
+    def clip(
+        self, optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], norm: float
+    ) -> None:
+        """Clip the global norm of gradients, scaled back first in fp16."""
+        self.accelerator.unscale_gradients(optimizer)
+        torch.nn.utils.clip_grad_norm_(parameters, norm)
+
     def reduce_sum(self, tensors: Sequence[Tensor]) -> None:
         """Sum tensors over processes in place, in one message per dtype."""
         if self.world == 1:
@@ -269,7 +296,7 @@ class Engine:
         size = self.runtime.eval_batch_size
         starts = list(range(0, len(dataset), size))
         local: list[tuple[int, dict[str, np.ndarray[Any, Any]]]] = []
-        mode = model.training
+        modes = [(module, module.training) for module in model.modules()]
         model.eval()
         mine = starts[self.rank :: self.world]
         with torch.inference_mode():
@@ -280,7 +307,8 @@ class Engine:
                 with self.autocast():
                     numbers = adapter.record(model, data)
                 local.append((start, {k: v.cpu().numpy() for k, v in numbers.items()}))
-        model.train(mode)
+        for module, mode in modes:  # not model.train(): it would wake frozen batch norms
+            module.training = mode
         parts = gather_object(local) if self.world > 1 else local
         parts.sort(key=lambda part: part[0])
         found = {

@@ -8,7 +8,7 @@ Every file is written under a temporary name and renamed, so a reader never sees
 import json
 import math
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -179,7 +179,7 @@ def from_json(text: str, folder: Path = Path()) -> RunResult:
         content["metrics"] = {k: MetricValue(**v) for k, v in content["metrics"].items()}
         content["attacks"] = {k: decode_result(v) for k, v in content["attacks"].items()}
         return RunResult(**content, folder=folder)
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise DataError(f"{folder}/run.json is no run record: {error}") from error
 
 
@@ -205,7 +205,7 @@ def load_run(folder: Path) -> RunResult:
     path = folder / "run.json"
     if not path.is_file():
         raise DataError(f"{folder} holds no run.json; give the folder of a finished run")
-    return from_json(path.read_text(), folder)
+    return from_json(path.read_text(encoding="utf-8", errors="replace"), folder)
 
 
 def find_runs(roots: "list[Path]") -> Iterator[RunResult]:
@@ -223,17 +223,18 @@ def writing(path: Path) -> Iterator[Path]:
     Raises:
         ResourceError: The disk is full.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{path.suffix}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         temporary.replace(path)
     except OSError as error:
-        raise disk_error(error, path) from error
+        clear = disk_error(error, path)
+        if clear is error:
+            raise
+        raise clear from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -253,14 +254,21 @@ def disk_error(error: OSError, path: Path) -> Exception:
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
     with writing(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
 
 
 def save_arrays(path: Path, groups: Mapping[str, Mapping[str, np.ndarray[Any, Any]]]) -> None:
-    """Write named groups of arrays to one compressed file, atomically."""
+    """Write named groups of arrays to one compressed file, atomically.
+
+    Raises:
+        DataError: An array holds Python objects, which could only be stored as a pickle.
+    """
     flat = {
         f"{group}|{name}": array for group, part in groups.items() for name, array in part.items()
     }
+    for name, array in flat.items():
+        if array.dtype.hasobject:
+            raise DataError(f"{name} holds Python objects; give numbers, booleans or text")
     with writing(path) as temporary, temporary.open("wb") as handle:
         np.savez_compressed(handle, **flat)  # type: ignore[arg-type]
 
@@ -277,7 +285,7 @@ def load_arrays(path: Path) -> dict[str, dict[str, np.ndarray[Any, Any]]]:
 
 def _encode(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
-        return {"float": repr(value)}
+        return {"float": repr(float(value))}  # NumPy's own repr names its type
     if isinstance(value, np.generic):
         return _encode(value.item())
     if isinstance(value, dict):
@@ -291,7 +299,7 @@ def _encode(value: Any) -> Any:
 
 def _decode(value: Any) -> Any:
     if isinstance(value, dict):
-        if value.keys() == {"float"} and isinstance(value["float"], str):
+        if value.keys() == {"float"} and value["float"] in ("nan", "inf", "-inf"):
             return float(value["float"])
         return {key: _decode(item) for key, item in value.items()}
     if isinstance(value, list):

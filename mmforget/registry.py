@@ -45,9 +45,9 @@ class Registry(Generic[T]):
         """Return a decorator that registers a class; a name taken twice is an error."""
 
         def decorate(cls: C) -> C:
-            taken = self._targets.get(name)
-            here = f"{cls.__module__}:{cls.__qualname__}"
-            if taken is not None and taken != here:
+            taken, here = self._targets.get(name), _place(cls)
+            # The same place again is a module that is reloaded, or a notebook cell run twice.
+            if taken is not None and here != (taken if isinstance(taken, str) else _place(taken)):
                 raise ConfigError(f"{self.kind} {name!r} is registered twice: {taken} and {here}")
             self._targets[name] = cast(T, cls)
             return cls
@@ -106,6 +106,10 @@ class Registry(Generic[T]):
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names())
+
+
+def _place(cls: Any) -> str:
+    return f"{cls.__module__}:{cls.__qualname__}"
 
 
 def load_plugins(files: tuple[Path, ...] = ()) -> list[str]:
@@ -178,12 +182,25 @@ BENCHMARKS: "Registry[type[Benchmark]]" = Registry("benchmark", {})
 METRICS: "Registry[type[Metric]]" = Registry(
     "metric",
     {
+        "accuracy": f"{_S}.accuracy:Accuracy",
+        "forgetting": f"{_S}.forgetting:Forgetting",
+        "average_gap": f"{_S}.average_gap:AverageGap",
+        "divergence": f"{_S}.divergence:Divergence",
+        "agreement": f"{_S}.divergence:Agreement",
+        "zrf": f"{_S}.divergence:ZRF",
+        "representation": f"{_S}.representation:Representation",
+        "probes": f"{_S}.probes:Probes",
         "cost": f"{_S}.cost:CostMetric",
     },
 )
 ATTACKS: "Registry[type[Attack[Any]]]" = Registry(
     "attack",
     {
+        "membership": f"{_A}.membership:Membership",
+        "lira": f"{_A}.lira:LiRA",
+        "ulira": f"{_A}.ulira:ULiRA",
+        "rmia": f"{_A}.rmia:RMIA",
+        "challenge": f"{_A}.challenge:Challenge",
         "relearn": f"{_A}.relearn:Relearn",
     },
 )

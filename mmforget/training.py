@@ -54,7 +54,8 @@ class Supervised(LossMethod[Training]):
 
     def loss(self, ctx: Context, forget: Batch | None, retain: Batch | None) -> dict[str, Tensor]:
         """Return the mean loss over units of the retain batch."""
-        assert retain is not None
+        if retain is None:
+            return {}
         return {"retain": ctx.unit_mean(ctx.forward(retain).loss, retain)}
 
 
@@ -113,14 +114,14 @@ def optimise(ctx: Context, method: LossMethod[Any]) -> nn.Module:
     ctx.model.eval()
     parameters = list(ctx.scope(config.scope).values())
     method.setup(ctx)
-    epochs = [plan_epoch(ctx, method, epoch) for epoch in range(config.epochs)]
-    total = sum(len(plan) for plan in epochs)
+    counts = [count_steps(ctx, method, epoch) for epoch in range(config.epochs)]
+    total = sum(counts)
     if config.max_steps is not None:
         total = min(total, config.max_steps)
     ctx.steps = total
     if total == 0:
         return method.finish(ctx)
-    optimizer = engine.accelerator.prepare_optimizer(make_optimizer(config, parameters))
+    optimizer = engine.prepare(make_optimizer(config, parameters))
     done = _resume(ctx, method, optimizer)
     log = StepLog(engine)
     saved = time.monotonic()
@@ -128,38 +129,55 @@ def optimise(ctx: Context, method: LossMethod[Any]) -> nn.Module:
     sync = synchronised_norm(ctx.model, engine) if config.norm == "train" else nullcontext()
     with sync, progress(ctx.label, total, done, shown) as advance:
         first = 0
-        for ctx.epoch, plan in enumerate(epochs):
-            skipped = max(0, done - first)
+        for ctx.epoch, count in enumerate(counts):
             ctx.step = max(first, done)
-            for step, parts in _loaded(ctx, plan[skipped : total - first]):
+            if ctx.step >= min(first + count, total):  # done before a kill, or beyond max_steps
+                first += count
+                continue
+            plan = plan_epoch(ctx, method, ctx.epoch)[ctx.step - first : total - first]
+            for step, parts in _loaded(ctx, plan):
                 set_mode(ctx.model, config.norm)
                 ctx.phase = step.run.name
                 rate = learning_rate(config, ctx.step, total, ctx.epoch)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
                 optimizer.zero_grad()
-                terms = method.backward(ctx, parts)
+                with engine.seeded(ctx.seed, "forward", ctx.step):
+                    terms = method.backward(ctx, parts)
                 _reduce(engine, parameters)
                 method.after_backward(ctx)
                 if config.clip_norm is not None:
-                    engine.accelerator.clip_grad_norm_(parameters, config.clip_norm)
+                    engine.clip(optimizer, parameters, config.clip_norm)
                 optimizer.step()
                 method.after_step(ctx, optimizer)
                 ctx.step += 1
                 engine.meter.steps += 1
                 engine.meter.examples_seen += sum(len(rows) for rows in step.rows.values())
                 advance(1, log.add(ctx.step, terms, rate, last=ctx.step == total))
-                if ctx.step == first + len(plan):
+                if ctx.step == first + count:
                     method.after_epoch(ctx)
                 due = time.monotonic() - saved > engine.runtime.checkpoint_every_s
-                if method.resume is not None and due:
+                # Only once all losses so far were written, and found finite.
+                if method.resume is not None and due and not log.waiting:
                     _save(ctx, method, optimizer)
                     saved = time.monotonic()
-            first += len(plan)
-            if first >= total:
-                break
+            first += count
     ctx.model.eval()
     return method.finish(ctx)
+
+
+def count_steps(ctx: Context, method: LossMethod[Any], epoch: int) -> int:
+    """Return the number of optimiser steps of an epoch.
+
+    Raises:
+        ConfigError: A pass of a fraction so small that nothing is left.
+    """
+    count = 0
+    for run in method.passes(epoch):
+        splits = ("forget", "retain") if run.anchor == "union" else (run.anchor,)
+        examples = sum(len(_share(ctx, split, run)) for split in splits)
+        count += math.ceil(examples / (run.batch_size or method.training.batch_size))
+    return count
 
 
 def plan_epoch(ctx: Context, method: LossMethod[Any], epoch: int) -> list[Step]:
@@ -327,10 +345,15 @@ class StepLog:
 def _reduce(engine: Engine, parameters: Sequence[nn.Parameter]) -> None:
     if engine.world == 1:
         return
-    for parameter in parameters:
-        if parameter.grad is None:  # a collective needs the same tensors on every process
+    # A collective needs the same tensors on every process; weights that none of them used stay
+    # without a gradient, as on one process, or weight decay and momentum would move them.
+    used = torch.tensor([float(p.grad is not None) for p in parameters], device=engine.device)
+    engine.reduce_sum([used])
+    shared = [p for p, count in zip(parameters, used.tolist(), strict=True) if count]
+    for parameter in shared:
+        if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    engine.reduce_sum([p.grad for p in parameters if p.grad is not None])
+    engine.reduce_sum([p.grad for p in shared if p.grad is not None])
 
 
 def _save(ctx: Context, method: LossMethod[Any], optimizer: torch.optim.Optimizer) -> None:

@@ -72,8 +72,13 @@ class Workbench:
         names = ("benchmark", "data", "model", "request")
         key = json.dumps([plan.benchmark, *(asdict(plan.sections[n]) for n in names)], default=str)
         if key not in self._benches:
-            configs = [plan.sections[name] for name in names]
-            made = BENCHMARKS.get(plan.benchmark)(*configs, store=self.cache.root / "data")
+            made = BENCHMARKS.get(plan.benchmark)(
+                config=plan.sections["benchmark"],
+                data=plan.sections["data"],
+                model=plan.sections["model"],
+                request=plan.sections["request"],
+                store=self.cache.root / "data",
+            )
             with _main_first(self.engine):
                 splits = made.splits()
             warnings = splits.check(allow_shared_content=made.allow_shared_content)

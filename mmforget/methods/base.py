@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from mmforget.context import Context
@@ -52,8 +53,8 @@ class LossMethod(UnlearningMethod[ConfigT]):
         logged: dict[str, Tensor] = {}
         for forget, retain in parts:
             terms = self.loss(ctx, forget, retain)
-            total = sum(terms.values(), start=terms[next(iter(terms))].new_zeros(()))
-            ctx.engine.accelerator.backward(total)
+            if terms:
+                ctx.engine.accelerator.backward(torch.stack(list(terms.values())).sum())
             add_terms(logged, terms)
         return logged
 

@@ -110,7 +110,7 @@ SVC_FEATURES: dict[str, Feature] = {
     "confidence": lambda p: p.confidence,
     "entropy": lambda p: p.entropy,
     "m_entropy": lambda p: p.modified_entropy,
-    "prob": lambda p: p.probs.reshape(len(p), -1),
+    "prob": lambda p: p.vector,
 }
 
 
@@ -223,9 +223,9 @@ def _class_thresholds(members: Predictions, others: Predictions, signal: Feature
         a, b = inside[members.label[:, 0] == label], outside[others.label[:, 0] == label]
         values = np.concatenate([a, b])
         if len(a) and len(b):
-            missed = np.searchsorted(np.sort(a), values) / len(a)
+            kept = (len(a) - np.searchsorted(np.sort(a), values)) / len(a)
             refused = np.searchsorted(np.sort(b), values) / len(b)
-            thresholds[label] = values[np.argmax(0.5 * ((1 - missed) + refused))]
+            thresholds[label] = values[np.argmax(kept + refused)]
     return thresholds
 
 

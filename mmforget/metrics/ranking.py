@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
+from mmforget.errors import CollapsedError, SplitError
 from mmforget.metrics.signals import Floats, Ints
 
 _CELLS = 2_000_000  # resamples x thresholds held at a time
@@ -62,12 +63,15 @@ class Ranking:
         """Rank scores of members [P] and non-members [Q].
 
         Raises:
-            ValueError: A side is empty, or a score is NaN.
+            CollapsedError: A score is NaN, because the model's outputs are not finite.
+            SplitError: A side is empty.
         """
         scores = np.concatenate([np.ravel(members), np.ravel(others)]).astype(np.float64)
         p = np.size(members)
-        if p in (0, scores.size) or np.isnan(scores).any():
-            raise ValueError("a ranking needs members and non-members, and no NaN among scores")
+        if p in (0, scores.size):
+            raise SplitError("a membership attack needs members and non-members; one side is empty")
+        if np.isnan(scores).any():
+            raise CollapsedError("membership scores are NaN: the model's outputs are not finite")
         distinct, slot = np.unique(-scores, return_inverse=True)
         return cls(slot[:p], slot[p:], distinct.size)
 

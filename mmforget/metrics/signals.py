@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import expit, softmax
 
+from mmforget.errors import CollapsedError
+
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Numbers = Mapping[str, NDArray[Any]]
@@ -63,8 +65,14 @@ class Predictions:
 
     @classmethod
     def of(cls, logits: ArrayLike, label: ArrayLike) -> "Predictions":
-        """Make them from logits [N, C] with labels [N], or logits [N, A] with 0/1 labels [N, A]."""
+        """Make them from logits [N, C] with labels [N], or logits [N, A] with 0/1 labels [N, A].
+
+        Raises:
+            CollapsedError: A logit is NaN or infinite.
+        """
         z = np.asarray(logits, dtype=np.float64)
+        if not np.isfinite(z).all():
+            raise CollapsedError("the model's logits are not finite, so it predicts nothing")
         y = np.asarray(label)
         if y.ndim == 1:
             return cls(softmax(z, axis=-1)[:, None], y.astype(np.int64)[:, None])
@@ -91,6 +99,11 @@ class Predictions:
     def multi_label(self) -> bool:
         """Whether there are several heads."""
         return bool(self.probs.shape[1] > 1)
+
+    @property
+    def vector(self) -> Floats:
+        """Class probabilities [N, C]; multi-label: probability of each attribute, [N, A]."""
+        return self.probs[..., 1] if self.multi_label else self.probs[:, 0]
 
     @property
     def predicted(self) -> Ints:

@@ -1,5 +1,7 @@
 """How alike two models are: output distributions and representations, on the same examples."""
 
+import math
+
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import rel_entr
@@ -57,9 +59,9 @@ def linear_cka(x: ArrayLike, y: ArrayLike) -> float:
     a, b = _centred(x), _centred(y)
     if len(a) < max(a.shape[1], b.shape[1]):
         k, m = a @ a.T, b @ b.T
-        return _ratio(np.vdot(k, m), np.vdot(k, k), np.vdot(m, m))
+        return _ratio(_dot(k, m), _dot(k, k), _dot(m, m))
     cross, k, m = a.T @ b, a.T @ a, b.T @ b
-    return _ratio(np.vdot(cross, cross), np.vdot(k, k), np.vdot(m, m))
+    return _ratio(_dot(cross, cross), _dot(k, k), _dot(m, m))
 
 
 def rbf_cka(x: ArrayLike, y: ArrayLike) -> float:
@@ -68,7 +70,7 @@ def rbf_cka(x: ArrayLike, y: ArrayLike) -> float:
     Builds two [N, N] matrices. Arguments and NaN as for `linear_cka`.
     """
     k, m = _doubly_centred(_rbf(x)), _doubly_centred(_rbf(y))
-    return _ratio(np.vdot(k, m), np.vdot(k, k), np.vdot(m, m))
+    return _ratio(_dot(k, m), _dot(k, k), _dot(m, m))
 
 
 def unbiased_cka(x: ArrayLike, y: ArrayLike, batch: int = 512) -> float:
@@ -81,17 +83,18 @@ def unbiased_cka(x: ArrayLike, y: ArrayLike, batch: int = 512) -> float:
     Args:
         x: [N, D].
         y: [N, E].
-        batch: Examples in a minibatch; batches are of equal size up to one example.
+        batch: Fewest examples in a minibatch; each takes every k-th example.
 
     Returns:
         NaN when N < 4 or a representation is constant.
     """
     a, b = _centred(x), _centred(y)
     if len(a) < 4:
-        return float("nan")
+        return math.nan
     cross = own_x = own_y = 0.0
-    for rows in np.array_split(np.arange(len(a)), max(1, -(-len(a) // max(batch, 4)))):
-        k, m = (_hollow(part[rows] @ part[rows].T) for part in (a, b))
+    stride = max(1, len(a) // max(batch, 4))
+    for start in range(stride):
+        k, m = (_hollow(part[start::stride] @ part[start::stride].T) for part in (a, b))
         cross += _hsic1(k, m)
         own_x += _hsic1(k, k)
         own_y += _hsic1(m, m)
@@ -105,8 +108,12 @@ def _centred(x: ArrayLike) -> Floats:
 
 
 def _ratio(cross: float, own_x: float, own_y: float) -> float:
-    scale = np.sqrt(max(own_x, 0.0)) * np.sqrt(max(own_y, 0.0))
-    return float(cross / scale) if scale > 0 else float("nan")
+    scale = math.sqrt(max(own_x, 0.0)) * math.sqrt(max(own_y, 0.0))
+    return cross / scale if scale > 0 else math.nan
+
+
+def _dot(a: Floats, b: Floats) -> float:
+    return float(np.vdot(a, b))
 
 
 def _rbf(x: ArrayLike) -> Floats:
@@ -133,5 +140,5 @@ def _hsic1(k: Floats, m: Floats) -> float:
     """Return unbiased HSIC of two kernels with zero diagonals, [n, n] each."""
     n = len(k)
     sums_k, sums_m = k.sum(axis=0), m.sum(axis=0)
-    total = np.vdot(k, m) + sums_k.sum() * sums_m.sum() / ((n - 1) * (n - 2))
+    total = _dot(k, m) + sums_k.sum() * sums_m.sum() / ((n - 1) * (n - 2))
     return float((total - 2 * sums_k @ sums_m / (n - 2)) / (n * (n - 3)))

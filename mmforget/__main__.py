@@ -1,0 +1,5 @@
+"""`python -m mmforget` is the `mmforget` command."""
+
+from mmforget.cli import main
+
+main()

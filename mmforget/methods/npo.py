@@ -1,0 +1,70 @@
+"""Negative preference optimisation (NPO)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from mmforget.context import Context
+from mmforget.methods.base import LossMethod
+from mmforget.methods.kl_retain import divergence_from
+from mmforget.options import option
+from mmforget.types import Batch, Training
+
+
+@dataclass(frozen=True)
+class NPOConfig(Training):
+    """Defaults of Zhang et al.: AdamW, 10 epochs, beta 0.1."""
+
+    epochs: int = option(10, "passes over the forget set", low=0)
+    lr: float = option(1e-5, "learning rate", low=0)
+    optimizer: str = option("adamw", "optimiser", choices=("sgd", "adam", "adamw"))
+    batch_size: int = option(32, "examples in an effective batch", low=1)
+    beta: float = option(0.1, "inverse temperature; towards 0 it becomes gradient ascent", low=1e-6)
+    forget_weight: float = option(1.0, "weight of the forget term", low=0)
+    retain_weight: float = option(1.0, "weight of the retain term; 0 leaves it out", low=0)
+    retain: str = option(
+        "nll", "retain term: the loss, or KL from the original model", choices=("nll", "kl")
+    )
+    length_normalise: bool = option(
+        False, "divide an example's loss by its units (tokens, pixels) before the log-ratio"
+    )
+    reference: bool = option(
+        False, "average the KL over all positions, prompt and padding too, as open-unlearning does"
+    )
+
+
+class NPO(LossMethod[NPOConfig]):
+    """Minimise -(2/β)·mean log σ(β·(L_θ - L_original)) on D_f, and a retain term (eq. 3).
+
+    L is an example's loss summed over its units: -log p of the whole answer. Where it is only a
+    bound on -log p (diffusion), β needs a value of its own.
+    """
+
+    reads: frozenset[str] = frozenset({"forget", "retain"})
+    intent: ClassVar[str] = "removal"
+    holds: ClassVar[str] = "a frozen copy of the original model"
+    citation: ClassVar[str] = "Zhang et al., Negative Preference Optimization, arXiv 2404.05868"
+    config_type: ClassVar[type] = NPOConfig
+
+    def setup(self, ctx: Context) -> None:
+        """Keep the original model."""
+        self.original = ctx.frozen_copy()
+
+    def loss(self, ctx: Context, forget: Batch | None, retain: Batch | None) -> dict[str, Tensor]:
+        """Return the terms `forget` and `retain`."""
+        config, terms = self.config, {}
+        if forget is not None:
+            gain = ctx.forward(forget).loss - ctx.forward(forget, self.original).loss
+            if config.length_normalise:
+                gain = gain / forget.units
+            push = -2.0 / config.beta * F.logsigmoid(config.beta * gain)
+            terms["forget"] = config.forget_weight * ctx.mean(push, forget)
+        if retain is not None and config.retain_weight > 0:
+            if config.retain == "kl":
+                hold = divergence_from(ctx, self.original, retain, config.reference)
+            else:
+                hold = ctx.unit_mean(ctx.forward(retain).loss, retain)
+            terms["retain"] = config.retain_weight * hold
+        return terms

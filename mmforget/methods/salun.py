@@ -1,0 +1,85 @@
+"""SalUn: change only the weights that the forget set depends on most."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from mmforget.context import Context
+from mmforget.methods.base import Wrapper
+from mmforget.options import option
+
+
+@dataclass(frozen=True)
+class SalUnConfig:
+    """How many weights may change, and which method changes them."""
+
+    ratio: float = option(0.5, "share of the weights in scope that may change", low=0, high=1)
+    mask_batch_size: int = option(256, "effective batch of the saliency pass", low=1)
+    inner: dict[str, Any] = option(
+        {}, "the loss method and its settings; `inner.name` is random_label if not given"
+    )
+
+
+class SalUn(Wrapper[SalUnConfig]):
+    """Train by the inner method where |Σ_batches ∇L(D_f)| at θ0 is among the largest (eq. 4).
+
+    One ranking runs over all weights in scope. Elsewhere weights stay at θ0 exactly: gradients
+    are masked, and what momentum and weight decay did is undone. Batch-norm statistics are no
+    weights; `norm` of the inner method governs them.
+    """
+
+    reads: frozenset[str] = frozenset({"forget", "retain"})
+    adds_reads: ClassVar[frozenset[str]] = frozenset({"forget"})
+    inner_default: ClassVar[str] = "random_label"
+    intent: ClassVar[str] = "removal"
+    trains: ClassVar[str] = "the most salient weights in the inner method's `scope`"
+    holds: ClassVar[str] = "a mask, a copy of the trained weights, and what the inner method holds"
+    citation: ClassVar[str] = "Fan et al., SalUn, ICLR 2024, arXiv 2310.12508"
+    config_type: ClassVar[type] = SalUnConfig
+
+    def setup(self, ctx: Context) -> None:
+        """Set up the inner method; choose the weights, the model in evaluation mode."""
+        super().setup(ctx)
+        weights = list(ctx.trainable.values())
+        self.start = [weight.detach().clone() for weight in weights]
+        saliency = [torch.zeros_like(weight) for weight in weights]
+        for batch in ctx.batches("forget", self.config.mask_batch_size):
+            value = ctx.unit_mean(ctx.forward(batch).loss, batch)
+            torch._foreach_add_(saliency, ctx.gradients(value, weights))
+        self.masks = largest(saliency, self.config.ratio)
+
+    def after_backward(self, ctx: Context) -> None:
+        """Drop the gradient of weights that must not change."""
+        super().after_backward(ctx)
+        for weight, mask in zip(ctx.trainable.values(), self.masks, strict=True):
+            if weight.grad is not None:
+                weight.grad.mul_(mask)
+
+    @torch.no_grad()
+    def after_step(self, ctx: Context, optimizer: Any) -> None:
+        """Put the other weights back to θ0, and their momentum to zero."""
+        super().after_step(ctx, optimizer)
+        rows = zip(ctx.trainable.values(), self.start, self.masks, strict=True)
+        for weight, start, mask in rows:
+            weight.copy_(torch.where(mask, weight, start))
+            for value in optimizer.state.get(weight, {}).values():
+                if isinstance(value, Tensor) and value.shape == weight.shape:
+                    value.mul_(mask)
+
+
+def largest(values: Sequence[Tensor], ratio: float) -> list[Tensor]:
+    """Return boolean masks of the floor(ratio·P) entries of largest size over all P together.
+
+    Args:
+        values: Tensors of any shape; equal sizes rank in the order given.
+        ratio: Share to choose, in [0, 1].
+    """
+    flat = torch.cat([value.reshape(-1) for value in values]).abs()
+    order = torch.argsort(flat, descending=True, stable=True)
+    chosen = torch.zeros_like(flat, dtype=torch.bool)
+    chosen[order[: int(ratio * flat.numel())]] = True
+    parts = torch.split(chosen, [value.numel() for value in values])
+    return [part.view_as(value) for part, value in zip(parts, values, strict=True)]
