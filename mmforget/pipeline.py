@@ -285,11 +285,12 @@ class _Runner:
     def _unlearn(self) -> dict[str, Any]:
         plan, bench, workbench = self.plan, self.bench, self.workbench
         events = self.place.folder / "events.jsonl"
-        original, cost, key = workbench.trained(
+        original, _, key = workbench.trained(
             bench, plan, bench.splits.train, plan.seeds.train, "original"
         )
+        cost = Cost()
         if self.external is not None:
-            model, cost = self.engine.place(self.external).eval(), Cost()
+            model = self.engine.place(self.external).eval()
         elif plan.method == "original":
             model = original
         else:

@@ -27,13 +27,14 @@ FAMILIES = {"train": (1, 36), "val": (801, 8), "test": (851, 8)}  # first number
 CUE_NOISE = 0.15  # share of attribute cues drawn the wrong way round
 PEOPLE = {0: 24, 190: 24, 1250: 96, 4855: 24}  # first id of each published range: persons
 PHOTOS_OF_ID = 7
-ATTRIBUTE_NAMES = (
+CELEBA_NAMES = (
     "5_o_Clock_Shadow Arched_Eyebrows Attractive Bags_Under_Eyes Bald Bangs Big_Lips Big_Nose "
     "Black_Hair Blond_Hair Blurry Brown_Hair Bushy_Eyebrows Chubby Double_Chin Eyeglasses Goatee "
     "Gray_Hair Heavy_Makeup High_Cheekbones Male Mouth_Slightly_Open Mustache Narrow_Eyes No_Beard "
     "Oval_Face Pale_Skin Pointy_Nose Receding_Hairline Rosy_Cheeks Sideburns Smiling Straight_Hair "
     "Wavy_Hair Wearing_Earrings Wearing_Hat Wearing_Lipstick Wearing_Necklace Wearing_Necktie Young"
-).split()
+)
+ATTRIBUTE_NAMES = CELEBA_NAMES.split()
 
 PERSONS = 24
 PHOTOS_OF_PERSON = 20

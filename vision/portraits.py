@@ -16,7 +16,14 @@ SUPERSAMPLE = 4
 SKINS = ((255, 224, 196), (241, 194, 152), (224, 172, 125), (198, 134, 86), (141, 92, 60))
 HAIRS = ((38, 28, 26), (84, 52, 34), (122, 74, 40), (176, 116, 56), (222, 184, 112), (150, 58, 36))
 EYES = ((70, 46, 30), (46, 92, 120), (64, 110, 70), (96, 96, 104))
-CLOTHES = ((58, 90, 140), (170, 64, 70), (66, 128, 96), (212, 160, 62), (112, 80, 150), (80, 84, 92))
+CLOTHES = (
+    (58, 90, 140),
+    (170, 64, 70),
+    (66, 128, 96),
+    (212, 160, 62),
+    (112, 80, 150),
+    (80, 84, 92),
+)
 BACKDROPS = ((206, 222, 236), (236, 222, 206), (214, 234, 214), (232, 212, 228), (222, 222, 226))
 GREY_HAIR = (216, 216, 220)
 
@@ -143,7 +150,9 @@ def portrait(person: Person, look: Look, size: int, rng: np.random.Generator) ->
     return Image.fromarray(_lit(np.asarray(small, dtype=np.float32), look, rng))
 
 
-def _lit(pixels: npt.NDArray[np.float32], look: Look, rng: np.random.Generator) -> npt.NDArray[np.uint8]:
+def _lit(
+    pixels: npt.NDArray[np.float32], look: Look, rng: np.random.Generator
+) -> npt.NDArray[np.uint8]:
     """Apply light from one side, colour of light and sensor noise."""
     size = len(pixels)
     side = 1 + 0.10 * look.turn * np.linspace(-1, 1, size, dtype=np.float32)[None, :, None]
@@ -218,7 +227,9 @@ class _Head:
         low = 0.45 + 0.75 * (0.5 + 0.5 * self.person.parting)
         top = self.y - 1.22 * self.b
         box = (self.x - 1.28 * self.a, top, self.x + 1.28 * self.a, self.y + low * self.b)
-        self.pen.rounded_rectangle(box, 1.1 * self.a, fill=self._ink(_mix(self.hair, (0, 0, 0), 0.2)))
+        self.pen.rounded_rectangle(
+            box, 1.1 * self.a, fill=self._ink(_mix(self.hair, (0, 0, 0), 0.2))
+        )
 
     def _ears(self) -> None:
         for side in (-1, 1):
@@ -233,7 +244,9 @@ class _Head:
         lower = np.clip(np.sin(angle), 0, 1) ** 2
         wide = np.cos(angle) * (1 - lower * (1 - jaw) * 0.7)
         outline = zip(self.x + wide * self.a, self.y + np.sin(angle) * self.b, strict=True)
-        self.pen.polygon([(float(x), float(y)) for x, y in outline], fill=self._ink(self.person.skin))
+        self.pen.polygon(
+            [(float(x), float(y)) for x, y in outline], fill=self._ink(self.person.skin)
+        )
 
     def _skin_marks(self) -> None:
         skin = self.person.skin
@@ -267,7 +280,11 @@ class _Head:
             self._blob(gaze, v, 0.055 * size, 0.06 * size, (18, 14, 14))
             self._blob(gaze + 0.035, v - 0.03, 0.025, 0.025, (255, 255, 255))
             if not self.look.male:
-                lash = [(u - 0.2 * size, v - 0.03), (u, v - 0.12 * size), (u + 0.2 * size, v - 0.03)]
+                lash = [
+                    (u - 0.2 * size, v - 0.03),
+                    (u, v - 0.12 * size),
+                    (u + 0.2 * size, v - 0.03),
+                ]
                 self._curve(lash, (40, 28, 28), 1.1)
             top = v - 0.24 - 0.04 * size
             thick = p.brow * (2.4 if self.look.male else 1.3) * (1 - 0.5 * self.child)
@@ -308,10 +325,12 @@ class _Head:
             line = -0.72
         part = 0.45 * p.parting
         edge = [
-            (t, line + 0.16 * abs(t - part) - 0.05 * math.cos(9 * t)) for t in np.linspace(-1, 1, 17)
+            (t, line + 0.16 * abs(t - part) - 0.05 * math.cos(9 * t))
+            for t in np.linspace(-1, 1, 17)
         ]
         crown = [
-            (1.1 * math.cos(s), -0.12 - 1.08 * math.sin(s)) for s in np.linspace(0.25, math.pi - 0.25, 24)
+            (1.1 * math.cos(s), -0.12 - 1.08 * math.sin(s))
+            for s in np.linspace(0.25, math.pi - 0.25, 24)
         ]
         if not male:
             crown = [(1.2, 0.25), *crown, (-1.2, 0.25), (-0.93, 0.1)]

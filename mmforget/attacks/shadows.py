@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from numpy.typing import NDArray
 
+from mmforget.metrics.common import predictions
 from mmforget.metrics.ranking import Ranking, thin
 from mmforget.metrics.signals import Floats, Ints, Predictions
 from mmforget.record import MetricValue
@@ -75,7 +76,7 @@ def shadow_signals(
         held.append(half(len(trial.splits.train), model, trial.seed))
         keep = np.flatnonzero(held[-1]).tolist()
         view = trial.lab.view(trial.lab.shadow(keep, derive(trial.seed, "shadow", model)))
-        found.append([signal(Predictions.read(view.numbers(split))) for split in splits])
+        found.append([take(view, split, signal) for split in splits])
     columns = zip(*found, strict=True)
     return {s: np.stack(c, axis=1) for s, c in zip(splits, columns, strict=True)}, np.stack(held)
 
@@ -87,7 +88,7 @@ def only(signals: Floats, counted: NDArray[np.bool_]) -> Floats:
 
 def take(view: ModelView, split: str, signal: Callable[[Predictions], Floats]) -> Floats:
     """Return one signal of a model on a split, [N]."""
-    return signal(Predictions.read(view.numbers(split)))
+    return signal(predictions(view, split))
 
 
 def separation(

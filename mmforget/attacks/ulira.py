@@ -39,8 +39,9 @@ class ULiRA(Attack[ULiRAConfig]):
     set; (B) trained without x, and unlearned on other data. Gaussians are fitted to φ under A and
     under B; the likelihood ratio decides, with equal priors. One shadow model serves all examples.
 
-    - `shadow_accuracy`, `shadow/...`: each shadow model in turn is the target and the others (but
-      for its complement) give the fit, so both truths are equally frequent for every example. Tests the METHOD.
+    - `shadow_accuracy`, `shadow/...`: each shadow model in turn is the target and the others, but
+      for its complement, give the fit. Both truths are equally frequent for every example. Tests
+      the METHOD.
     - `accuracy`: the share of right verdicts over forget examples, half of them under the
       unlearned model (truth A), half under the retrained model (truth B). Tests THIS model; needs
       the retrained model. `member_rate`: verdicts A under the unlearned model.

@@ -178,9 +178,11 @@ def _ended(debug: bool) -> Iterator[None]:
         _complain("interrupted. The same command goes on where this one stopped")
         raise typer.Exit(INTERRUPTED) from None
     except (MMForgetError, OSError) as caught:
-        error = disk_error(caught, Path(caught.filename or ".")) if isinstance(
-            caught, OSError
-        ) else caught
+        error = (
+            disk_error(caught, Path(caught.filename or "."))
+            if isinstance(caught, OSError)
+            else caught
+        )
         if debug or not isinstance(error, MMForgetError):
             raise
         _complain(f"error: {error}")
@@ -192,8 +194,8 @@ def _complain(message: str) -> None:
     typer.echo(f"{rank}{message}", err=True)
 
 
-def shard(text: str | None) -> tuple[int, int] | None:
-    """Return `I/N` as two numbers.
+def part_of(text: str | None) -> tuple[int, int] | None:
+    """Return `I/N` as two numbers; None stays None.
 
     Raises:
         ConfigError: It is not, or I is not within 1 to N.

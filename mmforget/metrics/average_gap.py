@@ -1,13 +1,13 @@
 """UA, RA, TA, MIA and their average gap to the retrained model, as SalUn and others tabulate."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import ClassVar
 
 import numpy as np
 
-from mmforget.metrics.common import both
+from mmforget.metrics.common import both, predictions
 from mmforget.metrics.mia import average_gap, svc_mia
-from mmforget.metrics.signals import Predictions
 from mmforget.record import MetricValue
 from mmforget.rng import derive
 from mmforget.types import Metric, ModelView, Trial
@@ -35,7 +35,9 @@ class AverageGap(Metric):
 
     def compute(self, trial: Trial) -> Mapping[str, MetricValue]:
         """Return the values; `gap/average` is left out without a retrained model."""
-        own, reference = both(trial, lambda view: _row(view, trial.seed))
+        key = ("average_gap", trial.seed)
+        row = partial(_row, seed=trial.seed)
+        own, reference = both(trial, lambda view: view.memo(key, row))
         sizes = {"ua": "forget", "ra": "retain", "ta": "test", "mia": "forget"}
         values = {
             f"gap/{name}": MetricValue(
@@ -56,9 +58,7 @@ class AverageGap(Metric):
 
 
 def _row(view: ModelView, seed: int) -> dict[str, float]:
-    forget, retain, test = (
-        Predictions.read(view.numbers(split)) for split in ("forget", "retain", "test")
-    )
+    forget, retain, test = (predictions(view, split) for split in ("forget", "retain", "test"))
     rng = np.random.default_rng(derive(seed, "average_gap"))
     size = min(len(retain), len(test))
     members, others = (part[rng.permutation(len(part))[:size]] for part in (retain, test))

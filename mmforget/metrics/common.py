@@ -18,8 +18,8 @@ def both(trial: Trial, compute: Callable[[ModelView], T]) -> tuple[T, T | None]:
 
 
 def predictions(view: ModelView, split: str) -> Predictions:
-    """Return a model's predictions on a split."""
-    return Predictions.read(view.numbers(split))
+    """Return a model's predictions on a split, made once for all metrics and attacks."""
+    return view.memo(("predictions", split), lambda own: Predictions.read(own.numbers(split)))
 
 
 def with_interval(

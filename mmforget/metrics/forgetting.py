@@ -6,9 +6,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from mmforget.metrics.common import both
+from mmforget.metrics.common import both, predictions
 from mmforget.metrics.mia import SimpleMIA, nomus, simple_mia
-from mmforget.metrics.signals import Predictions
 from mmforget.record import MetricValue
 from mmforget.types import Metric, ModelView, Trial
 
@@ -35,7 +34,7 @@ class Forgetting(Metric):
     def compute(self, trial: Trial) -> Mapping[str, MetricValue]:
         """Return the values; NaN with a note where a loss is not finite or a side has under 10."""
         sizes = [len(trial.splits.get(split)) for split in ("forget", "holdout")]
-        own, reference = both(trial, _attack)
+        own, reference = both(trial, lambda view: view.memo("forgetting", _attack))
         values = {}
         for name, direction in (
             ("mia_accuracy", "to_reference"),
@@ -52,7 +51,7 @@ class Forgetting(Metric):
 
 def _attack(view: ModelView) -> dict[str, float]:
     forget, holdout = (np.asarray(view.numbers(s)["loss"]) for s in ("forget", "holdout"))
-    utility = float(Predictions.read(view.numbers("test")).correctness.mean())
+    utility = float(predictions(view, "test").correctness.mean())
     usable = min(len(forget), len(holdout)) >= _MINIMUM
     if usable and np.isfinite(forget).all() and np.isfinite(holdout).all():
         found = simple_mia(forget, holdout)

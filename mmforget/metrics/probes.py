@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -105,7 +106,9 @@ class Probes(Metric):
 
     def compute(self, trial: Trial) -> Mapping[str, MetricValue]:
         """Return the values; identity probes only where `identity` is recorded."""
-        own, reference = both(trial, lambda view: _accuracies(view, trial.seed))
+        key = ("probes", trial.seed)
+        accuracies = partial(_accuracies, seed=trial.seed)
+        own, reference = both(trial, lambda view: view.memo(key, accuracies))
         values = {}
         for name, (hits, note) in own.items():
             direction = "up" if name.endswith("_test") else "to_reference"

@@ -243,7 +243,8 @@ def _rows(runs: Sequence[RunResult], headline: Sequence[str], distance: str | No
         if group
     }
     pinned = [
-        rows.pop(ORIGINAL, None) or Row(ORIGINAL, ORIGINAL, (), {}, None, "missing", "no run given"),
+        rows.pop(ORIGINAL, None)
+        or Row(ORIGINAL, ORIGINAL, (), {}, None, "missing", "no run given"),
         rows.pop(RETRAIN, None) or _reference_row(rows.values(), distance),
     ]
     ranked = sorted(rows.values(), key=_rank)

@@ -31,7 +31,7 @@ _ESCAPES = str.maketrans(
         "↓": r"$\downarrow$",
         "→": r"$\to$",
         "±": r"$\pm$",
-        "–": "--",
+        "\N{EN DASH}": "--",
         "∞": r"$\infty$",
         "\N{MINUS SIGN}": "$-$",
         "\N{THIN SPACE}": r"\,",
@@ -59,7 +59,7 @@ def text_table(runs: Sequence[RunResult], width: int) -> str:
         DataError: No run is finished.
     """
     written = io.StringIO()
-    console = Console(file=written, width=width, color_system=None, legacy_windows=False)
+    console = Console(file=written, width=width, color_system=None, markup=False)
     for block in collect(runs):
         console.print(_table(block))
     return "\n".join(line.rstrip() for line in written.getvalue().splitlines()) + "\n"

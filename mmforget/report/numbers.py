@@ -9,7 +9,7 @@ DIRECTIONS = {
     "down": "lower is better",
     "to_reference": "the retrained model's value is the target; further either way is worse",
 }
-MISSING = "–"
+MISSING = "\N{EN DASH}"
 
 
 def decimals(values: Iterable[float | None]) -> int:

@@ -13,7 +13,7 @@ from mmforget.record import RunResult, write_text
 from mmforget.report import exports, plots, tables
 from mmforget.report.collect import Block, Row, benchmark_class, collect
 from mmforget.report.section import Section
-from mmforget.report.svg import DASHES, SERIES
+from mmforget.report.svg import SERIES, dashes
 from mmforget.report.verdict import distance_label, verdict
 
 _HERE = Path(__file__).parent
@@ -123,11 +123,15 @@ def _request(request: Mapping[str, Any]) -> str:
     """Return the request in one line: its kind, then its other settings."""
     skipped = ("kind", "sizes", "ids_sha", "name")
     parts = [
-        f"{key.replace('_', ' ')} {', '.join(map(str, value)) if isinstance(value, list) else value}"
+        f"{key.replace('_', ' ')} {', '.join(map(str, _listed(value)))}"
         for key, value in request.items()
         if key not in skipped and value not in (None, "", [], {})
     ]
     return "; ".join([str(request.get("kind", "forget set")), *parts])
+
+
+def _listed(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, (list, tuple)) else [value]
 
 
 def _statuses(runs: Sequence[RunResult]) -> dict[str, int]:
@@ -143,9 +147,8 @@ def _swatch(row: Row) -> tuple[str, str]:
         return "var(--fg)", ""
     if row.kind == "original":
         return "var(--fg)", "5 3"
-    pattern = DASHES[row.slot // SERIES % len(DASHES)]
-    dashes = " ".join(str(part * 1.5) for part in pattern[1]) if pattern != "-" else ""
-    return f"var(--c{row.slot % SERIES})", dashes
+    pattern = " ".join(f"{1.5 * part:g}" for part in dashes(row.slot))
+    return f"var(--c{row.slot % SERIES})", pattern
 
 
 def _sections(block: Block) -> Sequence[Section]:

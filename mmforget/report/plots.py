@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -15,7 +16,6 @@ from mmforget.record import RunResult
 from mmforget.report.collect import ORIGINAL, RETRAIN, Block, Number, Row
 from mmforget.report.numbers import column_label
 from mmforget.report.svg import (
-    CARD,
     FG,
     FORGET,
     HOLDOUT,
@@ -23,7 +23,7 @@ from mmforget.report.svg import (
     MUTED,
     RETAIN,
     Picture,
-    dash,
+    dashes,
     series,
     shade,
 )
@@ -63,7 +63,7 @@ def tradeoff(block: Block, name: str) -> Panel | None:
             points.append((row, abs(across), y.value))
     if not points:
         return None
-    picture = Picture(430, 300)
+    picture = Picture(400, 290)
     axes = picture.axes
     for row, across, up in points:
         step = leak_step(row)
@@ -104,14 +104,14 @@ def leak_of(row: Row) -> Number | None:
 def _place_labels(picture: Picture, points: Sequence[tuple[Row, float, float]]) -> None:
     """Write each point's name where it hides neither another name nor a point."""
     axes = picture.axes
-    spots = axes.transData.transform([(x, y) for _, x, y in points])
     scale = 72 / picture.figure.dpi
-    spots = [(float(x) * scale, float(y) * scale) for x, y in spots]
+    placed = scale * axes.transData.transform([(x, y) for _, x, y in points])
+    spots = [(float(x), float(y)) for x, y in placed]
     frame = axes.get_window_extent()
     inside = tuple(edge * scale for edge in (frame.x0, frame.y0, frame.x1, frame.y1))
     taken: list[Box] = [(x - 5, y - 5, x + 5, y + 5) for x, y in spots]
     for (row, x, y), (px, py) in zip(points, spots, strict=True):
-        width = 4.6 * len(row.label) + 2
+        width = 5.2 * len(row.label) + 2
         offsets = [
             (dx, dy, align)
             for reach in (0, 9, 18)
@@ -143,7 +143,7 @@ def _place_labels(picture: Picture, points: Sequence[tuple[Row, float, float]]) 
 
 def _text_box(x: float, y: float, width: float, align: str) -> Box:
     left = {"left": x, "right": x - width, "center": x - width / 2}[align]
-    return left, y - 5, left + width, y + 5
+    return left, y - 6, left + width, y + 6
 
 
 def _cost(box: Box, taken: Iterable[Box], inside: Sequence[float]) -> float:
@@ -186,7 +186,7 @@ def histograms(block: Block, name: str) -> tuple[list[Panel], list[str]]:
     top = max(float(part.max()) for _, parts in shares for part in parts.values())
     panels = []
     for i, (row, parts) in enumerate(shares):
-        picture = Picture(230, 130)
+        picture = Picture(215, 130)
         axes = picture.axes
         for split, color in _SPLITS:
             if split in parts:
@@ -198,7 +198,7 @@ def histograms(block: Block, name: str) -> tuple[list[Panel], list[str]]:
         axes.spines["left"].set_visible(False)
         axes.set_xticks(_decades(edges[0], edges[-1]))
         axes.xaxis.set_major_formatter(lambda value, _: f"{10.0**value:g}")
-        axes.set_xlabel("loss", fontsize=7.5)
+        axes.set_xlabel("loss")
         panels.append(Panel(row.label, picture.svg(f"{name}-{i}", f"Losses of {row.label}")))
     return panels, broken
 
@@ -242,16 +242,19 @@ def rocs(block: Block, name: str) -> list[Panel]:
     panels = []
     for i, (title, curves) in enumerate(found.items()):
         floor = max(1e-5, min((x[x > 0].min() for _, x, _ in curves if (x > 0).any()), default=0.1))
-        picture = Picture(300, 250)
+        picture = Picture(280, 240)
         axes = picture.axes
         axes.plot([floor, 1], [floor, 1], color=MUTED, linewidth=0.8, linestyle=(0, (3, 3)))
         for row, x, y in _drawing_order(curves):
-            kept = (x > 0) & (y > 0)
-            axes.plot(x[kept], y[kept], **_line(row))
+            kept = y > 0  # a log axis has no zero: FPR 0 is drawn at the left edge
+            axes.plot(np.maximum(x[kept], floor), y[kept], **_line(row))
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_xlim(floor, 1)
-        axes.set_ylim(floor, 1.05)
+        axes.set_ylim(floor, 1.08)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(lambda value, _: f"{value:g}")
+            axis.set_minor_formatter("")
         axes.set_xlabel("false-positive rate")
         axes.set_ylabel("true-positive rate")
         axes.grid(color=LINE, linewidth=0.5)
@@ -272,23 +275,11 @@ def relearning(block: Block, name: str) -> Panel | None:
                     labels = (points.get("x_label", labels[0]), points.get("y_label", labels[1]))
     if not curves:
         return None
-    picture = Picture(430, 270)
+    picture = Picture(400, 290)
     axes = picture.axes
     start = [y[0] for row, _, y in curves if row.kind == ORIGINAL and y.size]
     if start:
         axes.axhline(start[0], color=MUTED, linewidth=0.8, linestyle=(0, (3, 3)))
-        axes.annotate(
-            "original before relearning",
-            (1, start[0]),
-            xycoords=("axes fraction", "data"),
-            xytext=(0, -3),
-            textcoords="offset points",
-            ha="right",
-            va="top",
-            color=MUTED,
-            fontsize=7,
-            bbox={"facecolor": CARD, "edgecolor": "none", "pad": 1},
-        )
     for row, x, y in _drawing_order(curves):
         axes.plot(x, y, **_line(row))
     axes.set_xlabel(labels[0])
@@ -304,12 +295,12 @@ def _drawing_order(
     return sorted(curves, key=lambda curve: curve[0].kind == RETRAIN)
 
 
-def _line(row: Row) -> dict[str, object]:
+def _line(row: Row) -> dict[str, Any]:
     if row.kind == RETRAIN:
         return {"color": FG, "linewidth": 2.0}
     if row.kind == ORIGINAL:
         return {"color": FG, "linewidth": 1.2, "linestyle": (0, (4, 2))}
-    return {"color": series(row.slot), "linestyle": dash(row.slot), "alpha": 0.9}
+    return {"color": series(row.slot), "linestyle": (0, dashes(row.slot) or None), "alpha": 0.9}
 
 
 def sparkline(run: RunResult) -> tuple[Markup, str] | None:

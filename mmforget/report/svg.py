@@ -12,25 +12,25 @@ from typing import Any
 from markupsafe import Markup, escape
 
 SERIES = 8  # colours of methods; more methods repeat them with another dash
-DASHES = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.2, 1, 1.2)))
+DASHES: tuple[tuple[float, ...], ...] = ((), (4, 1.5), (1, 1.2), (5, 1.2, 1, 1.2))
 
-FG, MUTED, LINE, CARD, FORGET, HOLDOUT, RETAIN = (f"#0101{i:02x}" for i in range(1, 8))
+FG, MUTED, LINE, FORGET, HOLDOUT, RETAIN = (f"#0101{i:02x}" for i in range(6))
 _VARIABLES = {
     FG: "--fg",
     MUTED: "--muted",
     LINE: "--line",
-    CARD: "--bg",
     FORGET: "--forget",
     HOLDOUT: "--holdout",
     RETAIN: "--retain",
     **{f"#0202{i:02x}": f"--c{i}" for i in range(SERIES)},
     **{f"#0303{i:02x}": f"--p{i}" for i in range(5)},
 }
-_STYLE: dict[str, Any] = {
+_STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "mmforget",
     "text.parse_math": False,  # a name with two dollar signs is a name
-    "font.size": 8,
+    "font.size": 9,
+    "axes.labelsize": 9,
     "text.color": FG,
     "axes.edgecolor": MUTED,
     "axes.labelcolor": FG,
@@ -42,8 +42,8 @@ _STYLE: dict[str, Any] = {
     "ytick.color": MUTED,
     "xtick.labelcolor": MUTED,
     "ytick.labelcolor": MUTED,
-    "xtick.labelsize": 7.5,
-    "ytick.labelsize": 7.5,
+    "xtick.labelsize": 8.5,
+    "ytick.labelsize": 8.5,
     "xtick.major.width": 0.6,
     "ytick.major.width": 0.6,
     "xtick.major.size": 2.5,
@@ -59,8 +59,8 @@ def series(slot: int) -> str:
     return f"#0202{slot % SERIES:02x}"
 
 
-def dash(slot: int) -> Any:
-    """Return the line style of a method: another one each time the colours repeat."""
+def dashes(slot: int) -> tuple[float, ...]:
+    """Return the dash pattern of a method: another one each time the colours repeat."""
     return DASHES[slot // SERIES % len(DASHES)]
 
 
@@ -73,7 +73,7 @@ class Picture:
     """One figure with one pair of axes; `svg` ends it.
 
     Args:
-        width: Width in units of the SVG (font size 8).
+        width: Width in units of the SVG (font size 9).
         height: Height likewise.
     """
 
@@ -108,9 +108,7 @@ def _inline(text: str, name: str, label: str) -> str:
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r"<!--.*?-->\s*", "", text, flags=re.DOTALL)
     used = set(re.findall(r'(?:url\(#|href="#)([^")]+)', text))
-    text = re.sub(
-        r' id="([^"]*)"', lambda m: f' id="{name}-{m[1]}"' if m[1] in used else "", text
-    )
+    text = re.sub(r' id="([^"]*)"', lambda m: f' id="{name}-{m[1]}"' if m[1] in used else "", text)
     text = re.sub(r"url\(#", f"url(#{name}-", text)
     text = re.sub(r'(?:xlink:)?href="#', f'href="#{name}-', text)
     text = re.sub(r"(font: [\d.]+px) [^;\"]*", r"\1 var(--sans)", text)

@@ -103,9 +103,7 @@ def headline(block: Block) -> tuple[list[Head], list[Line]]:
     for name, column in zip(block.headline, columns, strict=True):
         heads.append(head(name, next(number.direction for number in column if number)))
         cells.append(_column(column))
-    lines = [
-        Line(row, tuple(column[i] for column in cells)) for i, row in enumerate(block.rows)
-    ]
+    lines = [Line(row, tuple(column[i] for column in cells)) for i, row in enumerate(block.rows)]
     return heads, lines
 
 
@@ -123,9 +121,7 @@ def every_run(block: Block) -> list[tuple[RunResult, str, list[str]]]:
 
 def metric_groups(block: Block) -> list[Group]:
     """Return every metric by family."""
-    names = dict.fromkeys(
-        name for row in block.rows for run in row.counted for name in run.metrics
-    )
+    names = dict.fromkeys(name for row in block.rows for run in row.counted for name in run.metrics)
     families: dict[str, list[str]] = {}
     for name in names:
         families.setdefault(name.partition("/")[0], []).append(name)
@@ -156,7 +152,9 @@ def _bytes(cell: Cell, number: Number | None) -> Cell:
 
 def attack_tables(block: Block) -> list[AttackTable]:
     """Return one table an attack: its signals, each over all rows, beside the retrained's value."""
-    attacks = dict.fromkeys(name for row in block.rows for run in row.counted for name in run.attacks)
+    attacks = dict.fromkeys(
+        name for row in block.rows for run in row.counted for name in run.attacks
+    )
     return [_attack(block, name) for name in attacks]
 
 
@@ -190,7 +188,10 @@ def _attack(block: Block, attack: str) -> AttackTable:
         tables.append((signal, lines))
     heads = tuple(
         Head(
-            "", _ATTACK_HEADS.get(q, q.replace("_", " ")), ARROWS[directions[q]], DIRECTIONS[directions[q]]
+            "",
+            _ATTACK_HEADS.get(q, q.replace("_", " ")),
+            ARROWS[directions[q]],
+            DIRECTIONS[directions[q]],
         )
         for q in quantities
     )
@@ -229,7 +230,7 @@ def costs(block: Block) -> list[CostLine]:
                 row,
                 seconds(wall),
                 wall / longest,
-                f"{fixed(ratio, 1)}×" if ratio else MISSING,
+                f"{fixed(ratio, 1)}\N{MULTIPLICATION SIGN}" if ratio else MISSING,
                 memory(peak) if peak else MISSING,
                 peak / largest,
                 f"{steps:,.0f}",
@@ -238,7 +239,9 @@ def costs(block: Block) -> list[CostLine]:
     return lines
 
 
-def _retraining_seconds(block: Block, means: Mapping[int, tuple[float, float, float]]) -> float | None:
+def _retraining_seconds(
+    block: Block, means: Mapping[int, tuple[float, float, float]]
+) -> float | None:
     retrain = block.row(RETRAIN)
     if id(retrain) in means:
         return means[id(retrain)][0]

@@ -3,17 +3,12 @@
 import math
 
 from mmforget.report.collect import Block, Number, Row
-from mmforget.report.numbers import column_label, plain
+from mmforget.report.numbers import column_label, decimals, fixed, plain
 
 
 def verdict(block: Block) -> list[str]:
     """Return sentences on one block: who is closest, how far, at what utility, what leaks."""
     sentences = []
-    if block.mini:
-        sentences.append(
-            "The data were generated on this machine (mini): the numbers compare methods with "
-            "each other and must not be set beside published ones."
-        )
     ranked = [
         row
         for row in block.methods
@@ -30,13 +25,19 @@ def verdict(block: Block) -> list[str]:
         sentences += _ranking(block, ranked)
         sentences += _utility(block, ranked[0])
         sentences += _leak(block, ranked[0])
-    return sentences + _unfinished(block)
+    sentences += _unfinished(block)
+    if block.mini:
+        sentences.append(
+            "The data were generated on this machine (mini): the numbers compare methods with "
+            "each other and must not be set beside published ones."
+        )
+    return sentences
 
 
 def distance_label(block: Block) -> str:
     """Return what the distance is, in words."""
     if block.distance_name is None:
-        return "mean absolute gap over the columns of the first table"
+        return "mean absolute gap over the headline columns"
     return block.distance_name
 
 
@@ -44,14 +45,14 @@ def _ranking(block: Block, ranked: list[Row]) -> list[str]:
     best = ranked[0]
     assert best.distance is not None
     original = block.row("original").distance
-    before = "" if original is None else f"; the original model is at {plain(original.value)}"
-    of = "the only finished method" if len(ranked) == 1 else f"the closest of {len(ranked)} methods"
-    sentences = [
-        f"{best.label} is {of} to the retrained model: distance {_spread(best.distance)} "
-        f"({distance_label(block)}){before}."
-    ]
-    if original is not None and best.distance.value >= original.value:
-        sentences.append("It is no closer to the retrained model than doing nothing.")
+    start = f"{best.label} is the closest of {len(ranked)} methods to the retrained model, at"
+    if len(ranked) == 1:
+        start = f"{best.label}, the only method that finished, lies from the retrained model at"
+    sentences = [f"{start} a distance of {_spread(best.distance)} ({distance_label(block)})."]
+    if original is not None:
+        sentences.append(f"The original model is at {plain(original.value)}.")
+        if best.distance.value >= original.value:
+            sentences.append(f"So {best.label} is no closer than doing nothing.")
     if len(ranked) > 1:
         sentences.append(_runner_up(best, ranked[1]))
     return [*sentences, _floor(block, best)]
@@ -87,7 +88,8 @@ def _utility(block: Block, best: Row) -> list[str]:
     number = best.numbers.get(name) if name else None
     if name is None or number is None or not math.isfinite(number.value):
         return []
-    return [f"Its {column_label(name)} is {_spread(number)}{_beside(block, name, number)}."]
+    beside = _beside(block, name, number)
+    return [f"{best.label} has {column_label(name)} {_spread(number)}{beside}."]
 
 
 def _leak(block: Block, best: Row) -> list[str]:
@@ -102,7 +104,7 @@ def _leak(block: Block, best: Row) -> list[str]:
     name = max(areas, key=lambda key: abs(areas[key].delta or 0.0))
     number = areas[name]
     text = (
-        f"The membership signal on which it differs most from the retrained model is "
+        f"Under attack it differs most from the retrained model by the signal "
         f"{name.rpartition('/')[0]}: AUC {_spread(number)}{_beside(block, name, number)}"
     )
     if number.covers_reference:
@@ -131,7 +133,7 @@ def _unfinished(block: Block) -> list[str]:
     if not counts:
         return []
     listed = "; ".join(f"{status}: {', '.join(names)}" for status, names in counts.items())
-    return [f"Not ranked, because they did not finish or are of no use — {listed}."]
+    return [f"Not ranked are runs that did not finish or are of no use ({listed})."]
 
 
 def utility_name(block: Block) -> str | None:
@@ -161,4 +163,5 @@ def forget_name(block: Block) -> str | None:
 def _spread(number: Number) -> str:
     if number.std is None:
         return plain(number.value)
-    return f"{plain(number.value)} ± {plain(number.std)} ({number.n} runs)"
+    places = decimals([number.value])
+    return f"{plain(number.value)} ± {fixed(number.std, places)} over {number.n} runs"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mmforget.context import Context
 from mmforget.engine import Engine, Runtime
@@ -117,7 +117,7 @@ def check_metadata(case: Case) -> None:
     assert method.intent in INTENTS, f"{case.name}: intent {method.intent!r}"
     for text in (method.citation, method.trains, method.holds, type(method).__doc__):
         assert text, f"{case.name}: citation, trains, holds and docstring say what it is"
-    config = instantiate(type(method).config_type, {}, "method")
+    config: Any = instantiate(type(method).config_type, {}, "method")
     for item in fields(config):
         assert item.metadata.get("help"), f"{case.name}: no help for {item.name}"
 
@@ -195,7 +195,7 @@ def check_resume(case: Case, whole: Outcome, folder: Path) -> None:
     for at in sorted({2, steps // 2 + 1, steps}):
         place = folder / f"killed-{at}"
         killed = case.method()
-        killed.after_step = _killing(killed.after_step, at)  # type: ignore[method-assign]
+        killed.after_step = _killing(killed.after_step, at)  # type: ignore[method-assign,assignment]
         try:
             run_case(case, killed, resume=place)
         except _Killed:
@@ -280,7 +280,7 @@ def _context(
         engine=engine,
         adapter=world.adapter,
         model=engine.place(copy.deepcopy(model) if model is not None else world.build(0)),
-        splits=replace(world.splits, probes=probes, **watched),  # type: ignore[arg-type]
+        splits=replace(world.splits, probes=probes, **watched),
         reads=method.reads,
         label=case.name,
         seed=seed,

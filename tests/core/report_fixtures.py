@@ -80,7 +80,8 @@ def make_run(
     }
     attacks = {"mia": _mia(losses, auc, known), "relearn": _relearn(forget, method, known)}
     if method == "retrain" and option == 0.1:  # the reference itself; another seed is not
-        metrics = {name: replace(value, reference=value.value) for name, value in metrics.items()}
+        metrics = _own_reference(metrics)
+        attacks = {k: replace(v, values=_own_reference(v.values)) for k, v in attacks.items()}
     run = RunResult(
         id=f"{benchmark}/{method.rpartition('/')[2]}/{option:.2f}{train_seed}-s{seed}",
         status=status,
@@ -147,14 +148,18 @@ def make_runs(root: Path, benchmark: str = "test/absent") -> list[RunResult]:
     return runs
 
 
+def _own_reference(values: dict[str, MetricValue]) -> dict[str, MetricValue]:
+    return {name: replace(value, reference=value.value) for name, value in values.items()}
+
+
 def _mia(losses: dict[str, Any], auc: float, known: Any) -> AttackResult:
     values, curves = {}, {}
     for i, signal in enumerate(SIGNALS):
         own = auc + 0.01 * i * (0.5 - auc)
         values[f"{signal}/auc"] = MetricValue(
-            own, "to_reference", known(0.51), own - 0.05, own + 0.05
+            own, "to_reference", known(0.51), own - 0.05, min(1.0, own + 0.05)
         )
-        rates = {"tpr@0.01": 0.02 + (own - 0.5) / 3, "tpr@0.001": float("nan")}
+        rates = {"tpr@0.01": max(0.0, 0.02 + (own - 0.5) / 3), "tpr@0.001": float("nan")}
         for name, rate in rates.items():
             values[f"{signal}/{name}"] = MetricValue(rate, "to_reference", known(0.02))
         scores = np.sort(np.concatenate([losses["forget"], losses["holdout"]]))

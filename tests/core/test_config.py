@@ -105,7 +105,9 @@ def test_precedence_is_mini_then_preset_then_groups_then_words(tmp_path: Path) -
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("# @package _global_\n" + yaml.safe_dump(content))
 
-    write("mini/toy/points", {"model": {"width": 4}, "method": {"lr": 0.5}, "request": {"count": 9}})
+    write(
+        "mini/toy/points", {"model": {"width": 4}, "method": {"lr": 0.5}, "request": {"count": 9}}
+    )
     write("preset/toy/points/mini/finetune", {"method": {"lr": 0.25, "epochs": 3}})
     write("preset/toy/points/finetune", {"method": {"lr": 0.125}})
     write("preset/mine", {"method": {"lr": 0.75}, "attack": {"guess": {"queries": 4}}})

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import shutil
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -14,11 +15,11 @@ from filelock import FileLock
 from torch import nn
 
 from mmforget.checkpoint import state_sha
-from mmforget.errors import ConfigError, DataError, SplitError, unknown
+from mmforget.errors import ConfigError, DataError, MissingDependencyError, SplitError, unknown
 from mmforget.options import option
 from mmforget.record import RunResult, disk_error
 from mmforget.report.section import Section
-from mmforget.rng import derive
+from mmforget.rng import generator
 from mmforget.types import Benchmark, Splits, Subset, Trial
 from mmforget.vision import gallery, mini
 from mmforget.vision.adapter import FaceAdapter
@@ -27,7 +28,8 @@ from mmforget.vision.models import ModelConfig, build_model
 
 logger = logging.getLogger(__name__)
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".pgm", ".bmp", ".webp")
+SHOWN = 6  # names listed in an error
+PRECEDENCE = ("retain", "forget", "holdout", "test", "val")  # which of two equal images stays
 
 
 @dataclass(frozen=True)
@@ -209,15 +211,152 @@ class FaceBenchmark(Benchmark):
         return self._mini_world()
 
     def _mini_world(self) -> Path:
-        name = f"{self.mini_name}-v{mini.VERSION}-s{self.data.seed}"
-        parent = self.store / "mini"
-        parent.mkdir(parents=True, exist_ok=True)
-        folder = parent / name
-        with FileLock(parent / f"{name}.lock"):
-            if not folder.is_dir():
-                write_whole(folder, lambda place: self.write_mini(place, self.data.seed))
+        folder = self.store / "mini" / f"{self.mini_name}-v{mini.VERSION}-s{self.data.seed}"
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_name(f"{folder.name}.lock")):
+            if folder.is_dir():
+                return folder
+            temporary = folder.with_name(f".{folder.name}.part")
+            shutil.rmtree(temporary, ignore_errors=True)
+            try:
+                self.write_mini(temporary, self.data.seed)
+                temporary.rename(folder)
+            except OSError as error:
+                raise disk_error(error, folder) from error
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
         return folder
 
 
-def write_whole(folder: Path, write: "Callable[[Path], None]") -> None:
-    raise NotImplementedError
+def download(repo: str | None, revision: str | None, benchmark: str) -> Path:
+    """Return the local snapshot of a Hugging Face data set, downloaded once by its own cache.
+
+    Raises:
+        ConfigError: There is no published id and none is given.
+        DataError: It cannot be downloaded: no network, no access, no such data set.
+    """
+    if repo is None:
+        raise ConfigError(
+            f"{benchmark} is not published on the hub. Give data.repo=OWNER/NAME, or obtain the "
+            f"data and say data.source=local data.root=FOLDER"
+        )
+    try:
+        from huggingface_hub import snapshot_download
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError("huggingface_hub", "vision") from error
+    try:
+        return Path(snapshot_download(repo, repo_type="dataset", revision=revision))
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise DataError(
+            f"data set {repo} cannot be downloaded ({reason}). Check the network and the id, or "
+            f"download it elsewhere and say data.source=local data.root=FOLDER"
+        ) from error
+
+
+def split_by_request(
+    rows: Sequence[Row], train: Sequence[int], request: IdentityRequest
+) -> tuple[list[int], list[int]]:
+    """Return forget and retain rows of a request of kind `identities` or `fraction`.
+
+    Args:
+        rows: All rows.
+        train: The rows that are trained on.
+        request: Whom to forget; names are groups (families) or persons.
+
+    Raises:
+        SplitError: A name is unknown, or someone is to be both forgotten and kept.
+    """
+    if request.kind == "fraction":
+        groups = sorted({rows[i].group for i in train})
+        order = torch.randperm(len(groups), generator=generator(request.seed, "request")).tolist()
+        count = max(1, round(request.fraction * len(groups)))
+        chosen = {groups[k] for k in order[:count]}
+        return _divide(train, [rows[i].group in chosen for i in train])
+    if not request.identities:
+        raise SplitError("request.kind=identities needs request.identities=[...]: whom to forget")
+    forget = _rows_of(rows, train, request.identities)
+    if not request.retain:
+        return _divide(train, [i in forget for i in train])
+    retain = _rows_of(rows, train, request.retain)
+    both = forget & retain
+    if both:
+        names = sorted({rows[i].person for i in both})
+        raise SplitError(
+            f"{', '.join(names[:SHOWN])} ({len(names)} in all) are in both request.identities and "
+            f"request.retain; a person is either forgotten or kept"
+        )
+    return sorted(forget), sorted(retain)
+
+
+def hold_back(
+    rows: Sequence[Row], test: Sequence[int], fraction: float
+) -> tuple[list[int], list[int]]:
+    """Return test rows without, and validation rows of, a fixed share of the test groups."""
+    groups = sorted({rows[i].group for i in test})
+    order = torch.randperm(len(groups), generator=generator(0, "validation")).tolist()
+    chosen = {groups[k] for k in order[: round(fraction * len(groups))]}
+    val, kept = _divide(test, [rows[i].group in chosen for i in test])
+    return kept, val
+
+
+def deduplicate(parts: Mapping[str, list[int]], hashes: Sequence[int]) -> dict[str, list[int]]:
+    """Return splits without images of equal perceptual hash.
+
+    Within a split the first stays. Across splits the one that stays is in retain before forget,
+    training before holdout before test, so that nothing unseen looks like something trained on.
+    (The rule whose counts the LoTUS clean-up of MUFAC reports.)
+
+    Args:
+        parts: Split name -> rows.
+        hashes: Perceptual hash of each row.
+    """
+    kept: dict[str, list[int]] = {}
+    seen: set[int] = set()
+    for name in (name for name in PRECEDENCE if name in parts):
+        first = {hashes[i]: i for i in reversed(parts[name])}
+        kept[name] = sorted(i for value, i in first.items() if value not in seen)
+        seen |= first.keys()
+        removed = len(parts[name]) - len(kept[name])
+        logger.info("dedup=phash removed %d of %d %s images", removed, len(parts[name]), name)
+    left = {i for chosen in kept.values() for i in chosen}
+    probes = {name: [i for i in chosen if i in left] for name, chosen in parts.items()}
+    return {**probes, **kept}
+
+
+def find_layout(root: Path, marks: Sequence[str]) -> Path:
+    """Return `root` or its one sub-folder that holds a file or folder named in `marks`.
+
+    Raises:
+        DataError: Neither does.
+    """
+    for folder in [root, *sorted(path for path in root.iterdir() if path.is_dir())]:
+        if any((folder / mark).exists() for mark in marks):
+            return folder
+    held = ", ".join(sorted(path.name for path in root.iterdir())[:SHOWN]) or "nothing"
+    raise DataError(f"{root} holds no {' or '.join(marks)} but {held}; give the published folder")
+
+
+def _rows_of(rows: Sequence[Row], train: Sequence[int], names: Sequence[str]) -> set[int]:
+    places: dict[str, set[int]] = {}
+    for i in train:
+        places.setdefault(rows[i].group, set()).add(i)
+        places.setdefault(rows[i].person, set()).add(i)
+    for name in names:
+        if name not in places:
+            raise SplitError(
+                unknown("identity in the request:", name, places, "the data's listing")
+            )
+    return {i for name in names for i in places[name]}
+
+
+def _divide(items: Sequence[int], chosen: Sequence[bool]) -> tuple[list[int], list[int]]:
+    pairs = list(zip(items, chosen, strict=True))
+    return [i for i, yes in pairs if yes], [i for i, yes in pairs if not yes]
+
+
+def _revision(data: ImageData) -> str:
+    """Return a hash of ids, contents and labels: what training can see of the data."""
+    text = hashlib.sha256("\n".join((*data.ids, *data.digests)).encode())
+    text.update(data.labels.tobytes())
+    return text.hexdigest()

@@ -47,5 +47,5 @@ class EUk(LastBlocks):
         """Put the chosen blocks back to an initial state."""
         fresh = ctx.fresh_model(ctx.seed).state_dict()
         for name, value in ctx.model.state_dict().items():
-            if self.holds(name):
+            if self.covers(name):
                 value.copy_(fresh[name])

@@ -62,11 +62,11 @@ class LastBlocks(Supervised):
         self.resting = [
             module
             for name, module in ctx.model.named_modules()
-            if isinstance(module, nn.modules.batchnorm._NormBase) and not self.holds(name)
+            if isinstance(module, nn.modules.batchnorm._NormBase) and not self.covers(name)
         ]
         return super().run(ctx)
 
-    def holds(self, name: str) -> bool:
+    def covers(self, name: str) -> bool:
         """Return whether a module, parameter or buffer of this name is in the chosen blocks."""
         return any(block.holds(name) for block in self.blocks)
 

@@ -1,0 +1,1 @@
+"""MUFAC, MUCAC and any folder of faces."""
