@@ -8,7 +8,7 @@ mmforget.write_report(results, "report.html")
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -179,12 +179,10 @@ def write_report(
     from mmforget.report import write_report as write
 
     given = [runs] if isinstance(runs, (str, Path)) else runs
-    found: dict[str, RunResult] = {}
+    found: dict[Path, RunResult] = {}
     for each in given:
         records = [each] if isinstance(each, RunResult) else find_runs([Path(each)])
-        for record in records:
-            for row in with_parents(record):
-                found[str(row.folder.resolve())] = row
+        found |= {record.folder.resolve(): record for record in records}
     return write(list(found.values()), Path(page), title)
 
 
@@ -311,19 +309,6 @@ def again(
 def is_run(place: Path) -> bool:
     """Return whether a path is a run's folder."""
     return (place / "run.json").is_file()
-
-
-def with_parents(record: RunResult) -> Iterator[RunResult]:
-    """Yield the rows `original` and `retrain` that a run is compared with, and the run."""
-    try:
-        root = _root(record.folder.resolve(), record.id)
-    except ConfigError:  # copied elsewhere on its own: its parents are not there
-        root = None
-    for row in ("original", "retrained"):
-        parent = record.parents.get(row)
-        if root is not None and parent is not None and is_run(root / parent):
-            yield load_run(root / parent)
-    yield record
 
 
 def words(values: Mapping[str, Any]) -> list[str]:

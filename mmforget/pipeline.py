@@ -106,8 +106,9 @@ class Pipeline:
         """
         bench = self.workbench(plan).bench(plan)
         parents: dict[str, RunResult] = {}
-        if plan.method != "retrain" and plan.reference:
-            parents["retrained"] = self.run(plan.with_method("retrain"))
+        reference = plan.with_method("retrain")
+        if plan.reference and plan.sections["method"] != reference.sections["method"]:
+            parents["retrained"] = self.run(reference)
         if plan.method not in ROWS:
             parents["original"] = self.run(plan.with_method("original"))
         return self._run(plan, bench, parents, None)
@@ -250,6 +251,7 @@ class _Runner:
         self.external = external
         self.keys: dict[str, str] = {}
         self.model: nn.Module | None = None
+        self.is_reference = plan.method == "retrain" and "retrained" not in parents
 
     def result(self) -> RunResult:
         """Do every stage that has no mark; return the record."""
@@ -396,7 +398,7 @@ class _Runner:
     def _reference_metrics(self, own: Mapping[str, MetricValue]) -> Mapping[str, MetricValue]:
         if "retrained" in self.parents:
             return self.parents["retrained"].metrics
-        return own if self.plan.method == "retrain" else {}
+        return own if self.is_reference else {}
 
     def _attacks(self) -> dict[str, AttackResult]:
         found = {}
@@ -406,7 +408,7 @@ class _Runner:
                 continue
             result = decode_result(content)
             parent = self.parents.get("retrained")
-            own = result.values if self.plan.method == "retrain" else {}
+            own = result.values if self.is_reference else {}
             known = parent.attacks[name].values if parent and name in parent.attacks else own
             found[name] = replace(result, values=_referenced(result.values, known))
         return found

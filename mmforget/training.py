@@ -112,8 +112,9 @@ def optimise(ctx: Context, method: LossMethod[Any]) -> nn.Module:
     ctx.epochs = config.epochs
     ctx.phase = "setup"
     ctx.model.eval()
-    parameters = list(ctx.scope(config.scope).values())
+    ctx.scope(config.scope)
     method.setup(ctx)
+    parameters = list(ctx.trainable.values())  # set-up may have changed the model and its scope
     counts = [count_steps(ctx, method, epoch) for epoch in range(config.epochs)]
     total = sum(counts)
     if config.max_steps is not None:

@@ -19,7 +19,7 @@ SIZE = 48  # pixels
 QUALITY = 95
 
 AGE_LETTERS = "abcdefgh"
-AGE_NOISE = 0.10  # of the span from a small child to a very old person; a class spans 0.125
+AGE_NOISE = 0.05  # of the span from a small child to a very old person; a class spans 0.125
 ROLES = ("F", "M", "D", "S", "GM")
 PHOTOS = 5  # of each person of a family
 FAMILIES = {"train": (1, 36), "val": (801, 8), "test": (851, 8)}  # first number, count

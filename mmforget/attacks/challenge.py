@@ -16,6 +16,7 @@ from mmforget.record import AttackResult, MetricValue
 from mmforget.rng import derive
 from mmforget.types import Attack, Budget, ModelView, Trial
 
+_SPLITS = ("forget", "retain", "test")  # what each model is asked about
 _BUFFER = 2.0  # how far double thresholds reach beyond the narrower distribution
 _PEAKED = 0.01  # ratio of ranges below which the two are told apart without a rule
 
@@ -107,7 +108,7 @@ class Challenge(Attack[ChallengeConfig]):
     Pitfalls: M models resolve ε up to ln(M - 1) only, so scores of different M do not compare, and
     16 models are no stand-in for the 512 of the competition. Unlearned models all start from the
     same original, as published: their spread is that of unlearning, not of training; see
-    `fresh_originals`. Single-example queries count the forget set once per model.
+    `fresh_originals`.
     """
 
     access: ClassVar[str] = "grey"
@@ -155,7 +156,7 @@ class Challenge(Attack[ChallengeConfig]):
                     halves, "to_reference", floor, n=n, note=f"{middle} models on each side"
                 ),
             },
-            queries=n * len(a),
+            queries=len(a) * sum(len(trial.splits.get(split)) for split in _SPLITS),
             seconds=time.monotonic() - start,
             targets={"forget_ids": np.array(trial.splits.forget.ids), "epsilon": epsilons},
         )

@@ -7,12 +7,12 @@ from typing import ClassVar
 
 import numpy as np
 
-from mmforget.attacks.likelihood import expected_offline, expected_online, rmia
+from mmforget.attacks.likelihood import expected_offline, rmia
 from mmforget.attacks.lira import pseudo_outside
 from mmforget.attacks.shadows import forget_rows, only, roc, separation, shadow_signals, take
 from mmforget.metrics.signals import Floats
 from mmforget.options import option
-from mmforget.record import AttackResult, MetricValue
+from mmforget.record import AttackResult
 from mmforget.types import Attack, Budget, ModelView, Trial
 
 _CONFIDENCE = attrgetter("confidence")
@@ -32,13 +32,13 @@ class RMIA(Attack[RMIAConfig]):
     """How many population points does the example beat? Pr_z[(p_θ(x)/p(x)) / (p_θ(z)/p(z)) > γ].
 
     p_θ is the confidence in the true label, p its mean over shadow models, z the test set, which
-    nobody trained on. The same shadow models and the same two games as `lira`: `offline/...`
-    (forget against holdout, only models without the example, equally many on both sides) and
-    `online/...` (forget under the unlearned against forget under the retrained model). p(z) always
-    takes the offline form, because no shadow model holds a test example.
+    nobody trained on. The shadow models and the game are those of `lira`: forget (members) against
+    holdout under the unlearned model, calibrated on both sides by equally many models without the
+    example, so p takes the offline form. Scores of different models are not compared: each model's
+    noise on z moves all of its scores together.
 
-    Values: AUC, balanced accuracy, TPR at 1 % and 0.1 % FPR, with bootstrap 95 % intervals.
-    Direction: closer to the retrained model; online: 0.5 AUC.
+    Values: `offline/auc`, balanced accuracy, TPR at 1 % and 0.1 % FPR, with bootstrap 95 %
+    intervals. Direction: closer to the retrained model.
 
     Pitfalls: the score is a share of the test set, so a small one gives coarse scores and many
     ties. Where the benchmark publishes one set as both holdout and test, a non-member meets itself
@@ -62,37 +62,27 @@ class RMIA(Attack[RMIAConfig]):
         inside = held[:, forget_rows(trial.splits)].T
         counted = pseudo_outside(len(p["holdout"]), len(held), trial.seed)
         without = {"forget": only(p["forget"], ~inside), "holdout": only(p["holdout"], counted)}
-        scale, gamma = self.config.scale, self.config.gamma
-        offline = {split: expected_offline(part, scale) for split, part in without.items()}
-        online = expected_online(only(p["forget"], inside), without["forget"])
-        expected_z = expected_offline(p["test"], scale)
+        expected = {s: expected_offline(part, self.config.scale) for s, part in without.items()}
+        expected_z = expected_offline(p["test"], self.config.scale)
 
-        def score(view: ModelView, split: str, expected: Floats) -> Floats:
-            z = take(view, "test", _CONFIDENCE)
-            return rmia(take(view, split, _CONFIDENCE), expected, z, expected_z, gamma)
+        def score(view: ModelView, split: str) -> Floats:
+            x, z = (take(view, s, _CONFIDENCE) for s in (split, "test"))
+            return rmia(x, expected[split], z, expected_z, self.config.gamma)
 
-        def population(view: ModelView) -> tuple[Floats, Floats]:
-            return tuple(score(view, s, offline[s]) for s in without)  # type: ignore[return-value]
-
-        found = {"offline": population(trial.view)}
-        theirs = None if trial.retrained is None else population(trial.retrained)
-        values: dict[str, MetricValue] = separation(
-            "offline", *found["offline"], trial.seed, theirs
-        )
+        found = score(trial.view, "forget"), score(trial.view, "holdout")
+        theirs = None
         if trial.retrained is not None:
-            control = score(trial.retrained, "forget", online)
-            found["online"] = (score(trial.view, "forget", online), control)
-            values |= separation("online", *found["online"], trial.seed, (control, control))
+            theirs = score(trial.retrained, "forget"), score(trial.retrained, "holdout")
         return AttackResult(
             access=self.access,
-            values=values,
+            values=separation("offline", *found, trial.seed, theirs),
             queries=sum(len(p[split]) for split in _SPLITS),
             seconds=time.monotonic() - start,
-            curves={f"roc/{name}": roc(*pair) for name, pair in found.items()},
+            curves={"roc/offline": roc(*found)},
             targets={
                 "forget_ids": np.array(trial.splits.forget.ids),
                 "holdout_ids": np.array(trial.splits.holdout.ids),
-                "holdout_offline": found["offline"][1],
-                **{f"forget_{name}": pair[0] for name, pair in found.items()},
+                "forget_offline": found[0],
+                "holdout_offline": found[1],
             },
         )

@@ -1,9 +1,22 @@
 """The `mmforget` command."""
 
+from typing import TYPE_CHECKING
 
-def main() -> None:
-    """Run the command line; every verb imports what it needs when it is called."""
-    from mmforget.cli import check, inspect, store, work  # noqa: F401  (they add their verbs)
+if TYPE_CHECKING:
+    from typer import Typer
+
+
+def application() -> "Typer":
+    """Return the command with its verbs; each imports what it needs when it is called."""
+    import mmforget.cli.check
+    import mmforget.cli.inspect
+    import mmforget.cli.store
+    import mmforget.cli.work  # noqa: F401  (each adds its verbs to the application)
     from mmforget.cli.base import app
 
-    app(prog_name="mmforget")
+    return app
+
+
+def main() -> None:
+    """Run the command line."""
+    application()(prog_name="mmforget")

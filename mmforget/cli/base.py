@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
@@ -170,21 +171,21 @@ def _logged(verbose: bool, quiet: bool) -> Iterator[None]:
 @contextmanager
 def _ended(debug: bool) -> Iterator[None]:
     """Turn errors into one line on stderr and an exit status; any other exception is a bug."""
-    from mmforget.record import disk_error
-
     try:
         yield
     except KeyboardInterrupt:
         _complain("interrupted. The same command goes on where this one stopped")
         raise typer.Exit(INTERRUPTED) from None
     except (MMForgetError, OSError) as caught:
-        error = (
-            disk_error(caught, Path(caught.filename or "."))
-            if isinstance(caught, OSError)
-            else caught
-        )
-        if debug or not isinstance(error, MMForgetError):
+        error: Exception = caught
+        if isinstance(caught, OSError):
+            from mmforget.record import disk_error
+
+            error = disk_error(caught, Path(caught.filename or "a file"))
+        if not isinstance(error, MMForgetError):
             raise
+        if debug:
+            traceback.print_exc()
         _complain(f"error: {error}")
         raise typer.Exit(USER_ERROR) from None
 

@@ -36,7 +36,7 @@ class Estimate:
 
     Attributes:
         parameters: Weights of the model.
-        trained: Those of them that the method trains.
+        trained: Those of them that the method trains; all if only the data tell which.
         bytes: Original, student, gradients, optimiser state, and one more copy of the model if
             the method keeps anything.
     """
@@ -54,7 +54,11 @@ def check(
     config_dir: ConfigDir = None,
     json: Json = False,
 ) -> None:
-    """Compose and check every run of a command without making one; estimate its memory."""
+    """Check every run of a command, and make none.
+
+    Composes and validates each config, builds its model without memory, and estimates what the run
+    will hold; no data and no weights are read.
+    """
     load_plugins(tuple(plugin or ()))
     from mmforget.api import plans
 
@@ -68,23 +72,18 @@ def check(
     head = ("benchmark", "method", "seeds", "attacks", "presets", "weights", "memory (estimate)")
     rows = [_row(plan, estimate) for plan, estimate in zip(made, estimates, strict=True)]
     say(aligned([head, *rows]))
+    parts = ("benchmark", "data", "model", "request")
     models = {
-        repr(
-            [
-                plan.benchmark,
-                plan.seeds.train,
-                *map(plan.sections.get, ("data", "model", "benchmark", "request")),
-            ]
-        )
+        repr([plan.benchmark, plan.seeds.train, *(plan.sections[part] for part in parts)])
         for plan in made
     }
-    say(f"{len(made)} runs on {len(models)} original models; nothing was run")
+    say(f"{len(made)} runs, {len(models)} original models; nothing was run")
     say("memory: weights, gradients, optimiser state and frozen copies; no activations, no data")
 
 
 @verb("doctor", "mmforget doctor")
 def doctor(runs: Runs = Path("runs"), cache: CacheDir = None, json: Json = False) -> None:
-    """Look at Python, torch, devices, memory, disks, optional packages and plugins."""
+    """Look at what a run needs of this machine."""
     from mmforget import environment
 
     checks = environment.doctor(cache, runs)
@@ -140,29 +139,26 @@ def _estimate(plan: "Plan") -> Estimate | None:
     """Return what a plan's models hold, measured on a model without memory, or None."""
     import torch
 
-    from mmforget.types import Training
-
     config, data, model, request = (
         plan.sections[name] for name in ("benchmark", "data", "model", "request")
     )
     # Starting weights would be read, or downloaded; they do not change the sizes.
-    names = {item.name for item in fields(model)}
-    model = replace(
-        model, **{k: v for k, v in (("pretrained", False), ("checkpoint", None)) if k in names}
-    )
+    start = {"pretrained": False, "checkpoint": None}
+    model = replace(model, **{f.name: start[f.name] for f in fields(model) if f.name in start})
     benchmark = BENCHMARKS.get(plan.benchmark)(config, data, model, request, store=Path())
     try:
         with torch.device("meta"):
             built = benchmark.build(0)
     except (RuntimeError, ValueError, AttributeError):  # a model that has to see data or weights
         return None
-    method = METHODS.get(plan.method)
-    settings = plan.sections["method"]
     weights = sum(p.numel() for p in built.parameters())
-    trained, states = 0, 0
-    if isinstance(settings, Training) and getattr(benchmark, "adapter", None) is not None:
-        chosen = benchmark.adapter.parameters(built, settings.scope)
-        trained = sum(p.numel() for p in chosen.values())
-        states = 2 if settings.optimizer != "sgd" else int(settings.momentum > 0)
+    method = METHODS.get(plan.method)(plan.sections["method"])
+    recipe = config.training if method.intent == "reference" else getattr(method, "training", None)
+    trained, states = weights, 0
+    if recipe is not None:
+        states = 2 if recipe.optimizer != "sgd" else int(recipe.momentum > 0)
+        if hasattr(benchmark, "adapter"):  # some make it only when they have read their data
+            chosen = benchmark.adapter.parameters(built, recipe.scope)
+            trained = sum(p.numel() for p in chosen.values())
     copies = 2 + (method.holds != "nothing")
     return Estimate(weights, trained, FLOAT * (weights * copies + trained * (1 + states)))

@@ -35,7 +35,7 @@ def list_entries(
     config_dir: ConfigDir = None,
     json: Json = False,
 ) -> None:
-    """List what exists: methods, benchmarks, metrics, attacks, presets, suites."""
+    """List methods, benchmarks, metrics, attacks, presets."""
     load_plugins(tuple(plugin or ()))
     kinds = KINDS if kind is None else (_kind(kind),)
     found = {each: _entries(each, pattern, config_dir) for each in kinds}
@@ -53,7 +53,7 @@ def list_entries(
 def show(
     name: Name, plugin: Plugins = None, config_dir: ConfigDir = None, json: Json = False
 ) -> None:
-    """Show one entry: description, options, citation, presets, an example."""
+    """Show one entry: options, citation, an example."""
     load_plugins(tuple(plugin or ()))
     kind, full = _find(name, config_dir)
     content = _file(kind, full, config_dir) if kind in FILES else _component(kind, full)

@@ -209,7 +209,6 @@ def _external(
 
 def _present(done: "Sequence[RunResult]", json: bool) -> None:
     """Print results, and say where each record is and what a reader must know."""
-    from mmforget.api import with_parents
     from mmforget.record import to_json
 
     for result in done:
@@ -218,8 +217,8 @@ def _present(done: "Sequence[RunResult]", json: bool) -> None:
         if json:
             say_json({"folder": str(result.folder), **loads(to_json(result))})
     if done and not json:
-        rows = {row.id: row for result in done for row in with_parents(result)}
-        say(_table(list(rows.values())))
+        if any(result.status == "finished" for result in done):
+            say(_table(done))
         say("\n".join(f"record: {result.folder / 'run.json'}" for result in done))
 
 

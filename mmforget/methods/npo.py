@@ -27,8 +27,11 @@ class NPOConfig(Training):
     retain: str = option(
         "nll", "retain term: the loss, or KL from the original model", choices=("nll", "kl")
     )
-    length_normalise: bool = option(
-        False, "divide an example's loss by its units (tokens, pixels) before the log-ratio"
+    ratio: str = option(
+        "sequence",
+        "what is compared with the original: an example's summed loss (paper), its mean over "
+        "units, a micro-batch's mean loss (Unlearn-Smooth's code), raw predictions (MUSE's code)",
+        choices=("sequence", "mean", "batch", "raw"),
     )
     reference: bool = option(
         False, "average the KL over all positions, prompt and padding too, as open-unlearning does"
@@ -39,7 +42,8 @@ class NPO(LossMethod[NPOConfig]):
     """Minimise -(2/β)·mean log σ(β·(L_θ - L_original)) on D_f, and a retain term (eq. 3).
 
     L is an example's loss summed over its units: -log p of the whole answer. Where it is only a
-    bound on -log p (diffusion), β needs a value of its own.
+    bound on -log p (diffusion), β needs a value of its own. `ratio=batch` and `ratio=raw` are what
+    two published code bases compute instead; the first depends on how a batch is split.
     """
 
     reads: frozenset[str] = frozenset({"forget", "retain"})
@@ -56,11 +60,7 @@ class NPO(LossMethod[NPOConfig]):
         """Return the terms `forget` and `retain`."""
         config, terms = self.config, {}
         if forget is not None:
-            gain = ctx.forward(forget).loss - ctx.forward(forget, self.original).loss
-            if config.length_normalise:
-                gain = gain / forget.units
-            push = -2.0 / config.beta * F.logsigmoid(config.beta * gain)
-            terms["forget"] = config.forget_weight * ctx.mean(push, forget)
+            terms["forget"] = config.forget_weight * self._push(ctx, forget)
         if retain is not None and config.retain_weight > 0:
             if config.retain == "kl":
                 hold = divergence_from(ctx, self.original, retain, config.reference)
@@ -68,3 +68,18 @@ class NPO(LossMethod[NPOConfig]):
                 hold = ctx.unit_mean(ctx.forward(retain).loss, retain)
             terms["retain"] = config.retain_weight * hold
         return terms
+
+    def _push(self, ctx: Context, forget: Batch) -> Tensor:
+        config = self.config
+        student, original = ctx.forward(forget), ctx.forward(forget, self.original)
+        gain = student.loss - original.loss
+        if config.ratio == "mean":
+            gain = gain / forget.units
+        elif config.ratio == "batch":
+            gain = gain.sum() / forget.units.sum()
+        elif config.ratio == "raw":
+            gain = (original.pred - student.pred).flatten(1)
+        push = -2.0 / config.beta * F.logsigmoid(config.beta * gain)
+        if config.ratio == "batch":
+            return ctx.once(push, forget)
+        return ctx.mean(push.mean(1) if config.ratio == "raw" else push, forget)

@@ -23,7 +23,7 @@ from mmforget.types import Metric, ModelView, Trial
 Labels = NDArray[Any]
 Probe = Callable[[Floats, Labels, Floats], Labels]
 
-_STEPS = 200  # L-BFGS iterations: one budget for all models
+_STEPS = 100  # L-BFGS iterations: one budget for all models
 _PEOPLE = 100  # identities in an identity probe, drawn at random if there are more
 
 
@@ -59,7 +59,7 @@ def knn_leave_one_out(features: ArrayLike, labels: ArrayLike, k: int = 5) -> Lab
 def linear_predict(train: ArrayLike, labels: ArrayLike, queries: ArrayLike) -> Labels:
     """Return labels predicted by a new linear head on standardised features, [M] or [M, A].
 
-    Multinomial logistic regression (L2, C = 1, at most 200 L-BFGS steps); one for each column of
+    Multinomial logistic regression (L2, C = 1, at most 100 L-BFGS steps); one for each column of
     multi-label targets. A target that is constant in training is predicted as that constant.
 
     Args:

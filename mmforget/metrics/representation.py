@@ -9,6 +9,7 @@ from mmforget.record import MetricValue
 from mmforget.types import Metric, ModelView, Trial
 
 _SPLITS = ("forget", "retain", "test")
+_AMPLE = 10  # examples per feature from which the bias of linear CKA is small
 
 
 class Representation(Metric):
@@ -21,9 +22,9 @@ class Representation(Metric):
     - `representation/cka_unbiased_...`: the same from unbiased HSIC over minibatches of 512 or
       more, which is comparable between sets of different size; it may be below 0.
 
-    Pitfalls: the biased form grows as examples become fewer than features, so `n` is stated and a
-    note says when that is the case. A ruined network can have low CKA to everything. NaN when
-    features are constant.
+    Pitfalls: the biased form is well above 0 even for unrelated features unless there are many
+    more examples than features; a note says so below ten to one. A ruined network can have low CKA
+    to everything. NaN when features are constant.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"features"})
@@ -36,7 +37,7 @@ class Representation(Metric):
             own, original = _features(trial.view, split), _features(trial.original, split)
             theirs = None if trial.retrained is None else _features(trial.retrained, split)
             n, note = len(own), ""
-            if n < own.shape[1]:
+            if n < _AMPLE * own.shape[1]:
                 note = f"biased upwards: {n} examples, {own.shape[1]} features"
             for form, cka in (("cka", linear_cka), ("cka_unbiased", unbiased_cka)):
                 remark = note if form == "cka" else ""

@@ -72,7 +72,7 @@ class Row:
         kind: "original", "retrain" or "method".
         runs: All its runs; empty for a pinned row that no run stands behind.
         numbers: Metric values by name, and attack values as `<attack>/<value>`.
-        distance: Distance to the retrained model; None without one.
+        distance: Distance to the retrained model; None without one, or if no run finished.
         status: Shared status of the runs; "mixed" if they differ; "missing" without a run.
         reason: Why runs did not finish, or where the numbers of the row come from.
         slot: Number of its colour.
@@ -95,7 +95,7 @@ class Row:
     @property
     def finished(self) -> bool:
         """Whether at least one run finished."""
-        return any(run.status == "finished" for run in self.runs)
+        return any(_is_finished(run) for run in self.runs)
 
 
 @dataclass(frozen=True)
@@ -132,6 +132,11 @@ class Block:
         """The rows that are neither original nor retrained."""
         return [row for row in self.rows if row.kind == "method"]
 
+    @property
+    def numbered(self) -> list[Row]:
+        """The rows that hold any number."""
+        return [row for row in self.rows if row.numbers]
+
     def row(self, kind: str) -> Row:
         """Return the pinned row "original" or "retrain"."""
         return next(row for row in self.rows if row.kind == kind)
@@ -158,7 +163,7 @@ def collect(runs: Sequence[RunResult]) -> list[Block]:
     Raises:
         DataError: No run is finished.
     """
-    if not any(run.status == "finished" for run in runs):
+    if not any(_is_finished(run) for run in runs):
         states = ", ".join(f"{run.method}: {run.status}" for run in runs) or "no run was given"
         raise DataError(
             f"nothing to report: no finished run ({states}). Give the folder of at least one "
@@ -194,7 +199,7 @@ def _block_key(run: RunResult) -> str:
 def _block(runs: Sequence[RunResult]) -> Block:
     first = runs[0]
     benchmark = benchmark_class(first.benchmark)
-    finished = [numbers_of(run) for run in runs if run.status == "finished"]
+    finished = [numbers_of(run) for run in runs if _is_finished(run)]
     present = {name for numbers in finished for name in numbers}
     if benchmark is not None:
         headline = tuple(name for name in benchmark.headline if name in present)
@@ -307,7 +312,8 @@ def _row(
     per_run = [numbers_of(run) for run in _counted(runs)]
     names = dict.fromkeys(name for numbers in per_run for name in numbers)
     numbers = {name: _number([part[name] for part in per_run if name in part]) for name in names}
-    distances = [_distance(part, headline, distance) for part in per_run]
+    ranked = [part for part, run in zip(per_run, _counted(runs), strict=True) if _is_finished(run)]
+    distances = [_distance(part, headline, distance) for part in ranked]
     known = [value for value in distances if value is not None]
     if kind == RETRAIN and any(value.value > 0 for value in known):
         known = [value for value in known if value.value > 0]  # the reference itself is at 0
@@ -340,7 +346,11 @@ def _reference_row(rows: Iterable[Row], distance: str | None) -> Row:
 
 
 def _counted(runs: Sequence[RunResult]) -> tuple[RunResult, ...]:
-    return tuple(run for run in runs if run.status == "finished") or tuple(runs)
+    return tuple(run for run in runs if _is_finished(run)) or tuple(runs)
+
+
+def _is_finished(run: RunResult) -> bool:
+    return run.status == "finished"
 
 
 def _number(values: Sequence[MetricValue]) -> Number:

@@ -1,5 +1,6 @@
 "use strict";
-// Sort the headline table by a column; pinned rows stay on top, missing values at the bottom.
+// Sort the headline table by a column; pinned rows stay on top, and missing values and runs that
+// are not ranked at the bottom.
 for (const table of document.querySelectorAll("table.sortable")) {
   const body = table.tBodies[0];
   const heads = [...table.tHead.rows[0].cells];
@@ -10,7 +11,9 @@ for (const table of document.querySelectorAll("table.sortable")) {
       const sign = descending ? -1 : 1;
       const key = (row) => row.cells[column].dataset.sort;
       const rows = [...body.rows].filter((row) => !("pinned" in row.dataset));
+      const useless = (row) => row.classList.contains("unranked");
       rows.sort((a, b) => {
+        if (useless(a) !== useless(b)) return useless(a) - useless(b);
         const x = key(a), y = key(b);
         if (x === "" || y === "") return (x === "") - (y === "");
         return sign * (column === 0 ? x.localeCompare(y) : Number(x) - Number(y));

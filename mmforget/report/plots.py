@@ -39,10 +39,11 @@ _SPLITS = (("retain", RETAIN), ("holdout", HOLDOUT), ("forget", FORGET))
 
 @dataclass(frozen=True)
 class Panel:
-    """One picture and its caption."""
+    """One picture, its caption, and what a reader must know."""
 
     title: str
     svg: Markup
+    note: str = ""
 
 
 def tradeoff(block: Block, name: str) -> Panel | None:
@@ -80,10 +81,12 @@ def tradeoff(block: Block, name: str) -> Panel | None:
     axes.set_xlabel(gap if relative else column_label(forget))
     axes.set_ylabel(column_label(utility))
     axes.margins(0.13, 0.16)
-    picture.figure.canvas.draw()
     _place_labels(picture, points)
+    note = "There is no retrained model to compare with: the target is not known."
+    if relative:
+        note = "The dashed lines cross at the retrained model: the closer to it, the better."
     label = "Trade-off: " + "; ".join(f"{row.label} {x:.3f}, {y:.3f}" for row, x, y in points)
-    return Panel("trade-off", picture.svg(name, label))
+    return Panel("trade-off", picture.svg(name, label), note)
 
 
 def leak_step(row: Row) -> int:
@@ -105,6 +108,7 @@ def _place_labels(picture: Picture, points: Sequence[tuple[Row, float, float]]) 
     """Write each point's name where it hides neither another name nor a point."""
     axes = picture.axes
     scale = 72 / picture.figure.dpi
+    axes.autoscale_view()  # otherwise limits are set at drawing
     placed = scale * axes.transData.transform([(x, y) for _, x, y in points])
     spots = [(float(x), float(y)) for x, y in placed]
     frame = axes.get_window_extent()
@@ -186,7 +190,7 @@ def histograms(block: Block, name: str) -> tuple[list[Panel], list[str]]:
     top = max(float(part.max()) for _, parts in shares for part in parts.values())
     panels = []
     for i, (row, parts) in enumerate(shares):
-        picture = Picture(215, 130)
+        picture = Picture(215, 130, left=6)
         axes = picture.axes
         for split, color in _SPLITS:
             if split in parts:
@@ -282,10 +286,16 @@ def relearning(block: Block, name: str) -> Panel | None:
         axes.axhline(start[0], color=MUTED, linewidth=0.8, linestyle=(0, (3, 3)))
     for row, x, y in _drawing_order(curves):
         axes.plot(x, y, **_line(row))
+    axes.locator_params(axis="x", integer=True)
     axes.set_xlabel(labels[0])
     axes.set_ylabel(labels[1])
     axes.grid(axis="y", color=LINE, linewidth=0.5)
     return Panel("relearning", picture.svg(name, "Relearning curves of all runs"))
+
+
+def has_curves(row: Row) -> bool:
+    """Return whether an attack left a curve of this row."""
+    return any(result.curves for run in row.counted for result in run.attacks.values())
 
 
 def _drawing_order(

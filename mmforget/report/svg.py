@@ -75,15 +75,18 @@ class Picture:
     Args:
         width: Width in units of the SVG (font size 9).
         height: Height likewise.
+        left: Room for what stands left of the axes, likewise.
     """
 
-    def __init__(self, width: float, height: float) -> None:
+    def __init__(self, width: float, height: float, left: float = 46) -> None:
         import matplotlib  # half a second, which a table on the console need not wait for
         from matplotlib.figure import Figure
 
         with matplotlib.rc_context(_STYLE):
-            self.figure = Figure(figsize=(width / 72, height / 72), layout="constrained")
+            self.figure = Figure(figsize=(width / 72, height / 72))
+            # Fixed margins keep panels aligned, and a layout engine would draw each one twice.
             self.axes = self.figure.add_subplot()
+            self.figure.subplots_adjust(left / width, 34 / height, 1 - 8 / width, 1 - 8 / height)
 
     def svg(self, name: str, label: str) -> Markup:
         """Return the picture for a page.

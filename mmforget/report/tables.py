@@ -56,7 +56,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Group:
-    """Metrics of one family: rows are metrics, columns are the block's rows."""
+    """Metrics of one family: lines are metrics, columns the numbered rows."""
 
     family: str
     heads: tuple[Head, ...]
@@ -132,7 +132,7 @@ def _group(block: Block, family: str, names: Sequence[str]) -> Group:
     notes: dict[str, int] = {}
     heads, lines = [], []
     for name in names:
-        column = [row.numbers.get(name) for row in block.rows]
+        column = [row.numbers.get(name) for row in block.numbered]
         for number in column:
             if number is not None and number.note:
                 notes.setdefault(number.note, len(notes) + 1)
@@ -255,7 +255,7 @@ def _distances(block: Block, column: Sequence[Number | None]) -> list[Cell]:
     cells = []
     for row, number in zip(block.rows, column, strict=True):
         if number is None:
-            cells.append(Cell(MISSING, title="no distance without a retrained model"))
+            cells.append(Cell(MISSING, title="not ranked" if row.runs else "no retrained model"))
             continue
         share = number.value / largest if math.isfinite(number.value) else None
         title = f"n = {number.n} run{'s' if number.n != 1 else ''}"

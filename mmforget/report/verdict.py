@@ -73,8 +73,8 @@ def _floor(block: Block, best: Row) -> str:
     assert best.distance is not None
     if block.noise is None:
         return (
-            "The noise floor is not known: no second retrained model (another seed) was given to "
-            "show how far two such models lie apart."
+            "The noise floor is not known: no retrained model of another seed was compared with "
+            "the reference, to show how far two such models lie apart."
         )
     side = "within" if best.distance.value <= block.noise else "above"
     return (

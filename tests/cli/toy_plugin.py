@@ -14,8 +14,9 @@ from torch.nn import functional as F
 from mmforget.errors import ConfigError
 from mmforget.options import option
 from mmforget.record import AttackResult, MetricValue
-from mmforget.registry import ATTACKS, BENCHMARKS, METRICS
+from mmforget.registry import ATTACKS, BENCHMARKS, METHODS, METRICS
 from mmforget.rng import Draws, generator
+from mmforget.training import Supervised
 from mmforget.types import Attack, Benchmark, Budget, Metric, Outputs, Splits, Training, Trial
 
 torch.set_num_threads(1)
@@ -201,3 +202,10 @@ class Peek(Guess):
     """The same under another name, outside the protocol."""
 
     config_type = PeekConfig
+
+
+@METHODS.register("toy/elsewhere")
+class Elsewhere(Supervised):
+    """Serves another modality."""
+
+    modalities = frozenset({"vision"})

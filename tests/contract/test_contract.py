@@ -28,7 +28,7 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "random_label": ("random_label", PLAIN),
     "amnesiac": ("random_label", {**PLAIN, "order": "union", "exclude_true": True}),
     "npo": ("npo", PLAIN),
-    "npo_kl": ("npo", {**PLAIN, "retain": "kl", "length_normalise": True}),
+    "npo_kl": ("npo", {**PLAIN, "retain": "kl", "ratio": "mean"}),
     "simnpo": ("simnpo", PLAIN),
     "scrub": ("scrub", SCRUB),
     "scrub_rewind": ("scrub", {**SCRUB, "rewind": True}),

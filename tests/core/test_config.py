@@ -105,9 +105,8 @@ def test_precedence_is_mini_then_preset_then_groups_then_words(tmp_path: Path) -
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("# @package _global_\n" + yaml.safe_dump(content))
 
-    write(
-        "mini/toy/points", {"model": {"width": 4}, "method": {"lr": 0.5}, "request": {"count": 9}}
-    )
+    mini = {"model": {"width": 4}, "method": {"lr": 0.5}, "request": {"count": 9}}
+    write("mini/toy/points", mini)
     write("preset/toy/points/mini/finetune", {"method": {"lr": 0.25, "epochs": 3}})
     write("preset/toy/points/finetune", {"method": {"lr": 0.125}})
     write("preset/mine", {"method": {"lr": 0.75}, "attack": {"guess": {"queries": 4}}})
@@ -138,7 +137,6 @@ def test_all_faults_of_a_config_come_at_once() -> None:
             *TOY,
             "method.lrr=1",
             "method.epochs=abc",
-            "method.batch_size=0",
             "model.width=9999",
             "data.source=cloud",
             "request.cuont=3",
@@ -159,7 +157,7 @@ def test_all_faults_of_a_config_come_at_once() -> None:
         "data.source: 'cloud'. Accepted: local, mini",
         "unknown attack 'pek'. Close: toy/peek",
         "attack.toy/guess.queries=0 is too small",
-        "unknown metric 'cuont'. Close: toy/count",
+        "unknown metric 'cuont'. Close: cost, toy/count",
         "reference=5: true or false",
         "unknown key 'methd'. Close: method",
         "runtime.precision: 'fp8'",
@@ -169,10 +167,8 @@ def test_all_faults_of_a_config_come_at_once() -> None:
 
 def test_unknown_benchmark_and_method_are_told_together() -> None:
     found = faults(["benchmark=toy/pionts", "method=nqo"])
-    assert [f.split(" See")[0] for f in found] == [
-        "unknown benchmark 'toy/pionts'. Close: toy/points.",
-        "unknown method 'nqo'. Close: npo, simnpo.",
-    ] or ("Close: toy/points" in found[0] and "Close: npo" in found[1])
+    assert "Close: toy/points" in found[0]
+    assert "Close: npo" in found[1]
     assert len(faults([])) == 2
     assert "Say method=NAME" in faults(["benchmark=toy/points"])[0]
 
@@ -184,8 +180,8 @@ def test_a_word_that_is_no_override_is_named() -> None:
 
 
 def test_a_method_of_another_modality_is_refused() -> None:
-    (fault,) = faults(["benchmark=toy/points", "method=vision/ssd"])
-    assert fault.startswith("method vision/ssd serves vision; toy/points is toy")
+    (fault,) = faults(["benchmark=toy/points", "method=toy/elsewhere"])
+    assert fault.startswith("method toy/elsewhere serves vision; toy/points is toy")
 
 
 def test_a_resolved_config_gives_the_same_plan(tmp_path: Path) -> None:

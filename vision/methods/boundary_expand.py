@@ -3,10 +3,11 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 
 from mmforget.context import Context
 from mmforget.errors import ConfigError
@@ -44,18 +45,12 @@ class BoundaryExpand(LossMethod[BoundaryExpandConfig]):
     citation: ClassVar[str] = "Chen et al., Boundary Unlearning, CVPR 2023"
     config_type: ClassVar[type] = BoundaryExpandConfig
 
-    def run(self, ctx: Context) -> nn.Module:
-        """Train with the wider head; return the model with its own."""
-        place, narrow = head(ctx.model)
-        self.extra = narrow.out_features
-        wide = widened(narrow, derive(ctx.seed, "boundary_expand"))
-        ctx.model.set_submodule(place, wide)
-        super().run(ctx)
-        with torch.no_grad():
-            for kept, trained in zip(narrow.parameters(), wide.parameters(), strict=True):
-                kept.copy_(trained[:-1])
-        ctx.model.set_submodule(place, narrow)
-        return ctx.model
+    def setup(self, ctx: Context) -> None:
+        """Give the model the wider head."""
+        self.place, self.narrow = head(ctx.model)
+        seed = derive(ctx.seed, "boundary_expand")
+        ctx.model.set_submodule(self.place, widened(self.narrow, seed))
+        ctx.scope(self.config.scope)
 
     def passes(self, epoch: int) -> Sequence[Pass]:
         """One pass over the forget set."""
@@ -63,15 +58,25 @@ class BoundaryExpand(LossMethod[BoundaryExpandConfig]):
 
     def loss(self, ctx: Context, forget: Batch | None, retain: Batch | None) -> dict[str, Tensor]:
         """Return the mean loss on the forget batch with the extra class as label."""
-        assert forget is not None
+        if forget is None:
+            return {}
         label = forget.data.label
         if label.is_floating_point():
             raise ConfigError(
                 "method vision/boundary_expand needs one class per image; attributes have no "
                 "further class. Use method=boundary_shrink"
             )
-        data = forget.data._replace(label=torch.full_like(label, self.extra))
+        data = forget.data._replace(label=torch.full_like(label, self.narrow.out_features))
         return {"forget": ctx.mean(ctx.forward(replace(forget, data=data)).loss, forget)}
+
+    @torch.no_grad()
+    def finish(self, ctx: Context) -> nn.Module:
+        """Return the model with its own head, the old outputs as trained."""
+        wide = ctx.model.get_submodule(self.place)
+        for kept, trained in zip(self.narrow.parameters(), wide.parameters(), strict=True):
+            kept.copy_(trained[:-1])
+        ctx.model.set_submodule(self.place, self.narrow)
+        return ctx.model
 
 
 def widened(layer: nn.Linear, seed: int) -> nn.Linear:
@@ -81,14 +86,13 @@ def widened(layer: nn.Linear, seed: int) -> nn.Linear:
         layer: [C, D], left as it is.
         seed: Seed of the new row, uniform in ±1/√D as torch initialises a linear layer.
     """
-    weight = layer.weight.detach()
-    has_bias = layer.bias is not None
-    made = nn.Linear(
+    made = skip_init(  # type: ignore[no-untyped-call]
+        nn.Linear,
         layer.in_features,
         layer.out_features + 1,
-        has_bias,
-        device=weight.device,
-        dtype=weight.dtype,
+        layer.bias is not None,
+        device=layer.weight.device,
+        dtype=layer.weight.dtype,
     )
     rng = torch.Generator().manual_seed(seed)
     reach = 1 / math.sqrt(layer.in_features)
@@ -96,4 +100,4 @@ def widened(layer: nn.Linear, seed: int) -> nn.Linear:
         for new, old in zip(made.parameters(), layer.parameters(), strict=True):
             row = torch.empty(old.shape[1:]).uniform_(-reach, reach, generator=rng)
             new.copy_(torch.cat([old, row[None].to(old)]))
-    return made
+    return cast(nn.Linear, made)

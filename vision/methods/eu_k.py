@@ -44,7 +44,8 @@ class EUk(LastBlocks):
 
     @torch.no_grad()
     def setup(self, ctx: Context) -> None:
-        """Put the chosen blocks back to an initial state."""
+        """Put the last blocks back to an initial state."""
+        super().setup(ctx)
         fresh = ctx.fresh_model(ctx.seed).state_dict()
         for name, value in ctx.model.state_dict().items():
             if self.covers(name):

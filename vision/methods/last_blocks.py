@@ -1,9 +1,9 @@
 """Training of the last blocks of a classifier alone: what CF-k and EU-k share."""
 
-import re
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mmforget.context import Context
@@ -12,7 +12,7 @@ from mmforget.options import option
 from mmforget.training import Supervised
 from mmforget.types import Batch, Training
 from mmforget.vision.adapter import last_blocks
-from mmforget.vision.models import Block
+from mmforget.vision.models import head
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,6 @@ class LastBlocks(Supervised):
     """
 
     config: LastBlocksConfig
-    reads: frozenset[str] = frozenset({"retain"})
     modalities = frozenset({"vision"})
 
     def __init__(self, config: LastBlocksConfig) -> None:
@@ -44,30 +43,26 @@ class LastBlocks(Supervised):
                 f"method.scope={config.scope!r}: this method trains the last blocks; set method.k"
             )
         super().__init__(config)
-        self.blocks: Sequence[Block] = ()
 
     @property
     def training(self) -> Training:
-        """The config, its scope narrowed to the chosen blocks."""
-        members = [re.escape(member) for block in self.blocks for member in block.members]
-        return replace(self.config, scope=rf"(?:{'|'.join(members)})(?:\..*)?")
+        """The config, its scope narrowed to the last blocks."""
+        return replace(self.config, scope=f"last_k:{self.config.k + self.config.reference}")
 
-    def run(self, ctx: Context) -> nn.Module:
-        """Choose the blocks and train them."""
-        k = self.config.k
-        if self.config.reference:
-            self.blocks = last_blocks(ctx.model, f"last_k:{k + 1}")[:-1]
-        else:
-            self.blocks = last_blocks(ctx.model, f"last_k:{k}")
+    def setup(self, ctx: Context) -> None:
+        """Find what must stay: statistics before the last blocks and, if so asked, the head."""
+        blocks = last_blocks(ctx.model, self.training.scope)
+        top = head(ctx.model)[1] if self.config.reference else None
+        self.fixed = [] if top is None else [(p, p.detach().clone()) for p in top.parameters()]
+        self.blocks = blocks[:-1] if self.config.reference else blocks
         self.resting = [
             module
             for name, module in ctx.model.named_modules()
             if isinstance(module, nn.modules.batchnorm._NormBase) and not self.covers(name)
         ]
-        return super().run(ctx)
 
     def covers(self, name: str) -> bool:
-        """Return whether a module, parameter or buffer of this name is in the chosen blocks."""
+        """Return whether a module, parameter or buffer of this name is in the trained blocks."""
         return any(block.holds(name) for block in self.blocks)
 
     def loss(self, ctx: Context, forget: Batch | None, retain: Batch | None) -> dict[str, Tensor]:
@@ -75,3 +70,9 @@ class LastBlocks(Supervised):
         for module in self.resting:
             module.eval()
         return super().loss(ctx, forget, retain)
+
+    @torch.no_grad()
+    def after_step(self, ctx: Context, optimizer: Any) -> None:
+        """Put a head that must stay back to what it was."""
+        for weight, start in self.fixed:
+            weight.copy_(start)

@@ -95,22 +95,24 @@ class UNSIR(LossMethod[UNSIRConfig]):
 
     def loss(self, ctx: Context, forget: Batch | None, retain: Batch | None) -> dict[str, Tensor]:
         """Return the term `retain` and, while impairing, `forget`: the loss on noise."""
-        terms = {}
-        if ctx.phase == "impair" and retain is not None:
-            if self.config.variant == "class":
-                rows = retain.draws("noise").integers(len(self.noise))
-                image, label = self.noise[rows], self.label[rows]
-            else:
-                assert forget is not None
-                image, label = self._output_noise(ctx, forget), retain.data.label
-            data = retain.data._replace(image=image, label=label)
-            spoiled = ctx.mean(ctx.forward(replace(retain, data=data)).loss, retain)
-            terms["forget"] = self.config.noise_weight * spoiled
-        if retain is not None:
-            terms["retain"] = ctx.mean(ctx.forward(retain).loss, retain)
+        if retain is None:
+            return {}
+        terms = {"retain": ctx.mean(ctx.forward(retain).loss, retain)}
+        if ctx.phase == "impair" and self.config.variant == "class":
+            rows = retain.draws("noise").integers(len(self.noise))
+            terms["forget"] = self._spoil(ctx, retain, self.noise[rows], self.label[rows])
+        elif ctx.phase == "impair" and forget is not None:
+            noise = self.output_noise(ctx, forget)
+            terms["forget"] = self._spoil(ctx, retain, noise, retain.data.label)
         return terms
 
-    def _output_noise(self, ctx: Context, forget: Batch) -> Tensor:
+    def _spoil(self, ctx: Context, retain: Batch, image: Tensor, label: Tensor) -> Tensor:
+        """Return the weighted loss on noise that takes the place of a retain batch's images."""
+        data = retain.data._replace(image=image, label=label)
+        loss = ctx.forward(replace(retain, data=data)).loss
+        return self.config.noise_weight * ctx.mean(loss, retain)
+
+    def output_noise(self, ctx: Context, forget: Batch) -> Tensor:
         """Return noise [B, 3, S, S] in [0, 1] for a forget batch."""
         ctx.model.eval()
         with torch.no_grad():

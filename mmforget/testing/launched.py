@@ -1,0 +1,42 @@
+"""Run contract cases under a launcher, to compare several processes with one.
+
+`torchrun --nproc_per_node 2 -m mmforget.testing.launched CASES.json FOLDER` writes
+`FOLDER/<index>.safetensors` for each case `{"name", "settings", "world"}`, and how many processes
+there were.
+"""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmforget.checkpoint import save_model
+from mmforget.testing.contract import Case, run_case
+from mmforget.testing.toys import toy_world
+
+
+def run_cases(cases: Sequence[Mapping[str, Any]], folder: Path) -> int:
+    """Run each case and write its model from the main process; return the number of processes."""
+    processes = 0
+    for index, case in enumerate(cases):
+        world = toy_world(case["world"])
+        outcome = run_case(Case(case["name"], case["settings"], world))
+        processes = outcome.ctx.engine.world
+        if outcome.ctx.engine.is_main:
+            save_model(outcome.model, folder / f"{index}.safetensors")
+    return processes
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run the cases of a file."""
+    torch.set_num_threads(1)
+    cases, folder = Path(arguments[0]), Path(arguments[1])
+    processes = run_cases(json.loads(cases.read_text()), folder)
+    (folder / "processes").write_text(str(processes))  # the same from each of them
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
