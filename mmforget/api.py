@@ -17,7 +17,7 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from torch import nn
 
 from mmforget.cache import Cache
-from mmforget.config import Plan, expand, load_config, plan
+from mmforget.config import Plan, expand, literal, load_config, plan
 from mmforget.context import Context
 from mmforget.engine import Engine, Runtime
 from mmforget.errors import ConfigError
@@ -335,7 +335,7 @@ def _literal(value: Any, key: str) -> str:
     if isinstance(value, (int, float)):
         return repr(value)
     if isinstance(value, (str, Path)):
-        return QuotedString(str(value).replace("${", "\\${"), Quote.single).with_quotes()
+        return QuotedString(literal(str(value)), Quote.single).with_quotes()
     if isinstance(value, (list, tuple)):
         return f"[{','.join(_literal(item, key) for item in value)}]"
     if isinstance(value, Mapping):

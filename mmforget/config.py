@@ -9,6 +9,7 @@ of benchmark and method, named groups (`runtime=`, `tracker=`), and the words ty
 """
 
 import itertools
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -219,7 +220,18 @@ def load_config(path: Path, words: Sequence[str] = ()) -> Plan:
         if _selects(override):
             raise ConfigError(f"{override.input_line}: --config fixes it; change single keys only")
     known = list(_section(values, "attack")) if "attack" in values else None
-    return _listed(_compose(values, [], parsed, None), parsed, known)
+    return _listed(_compose(literal(values), [], parsed, None), parsed, known)
+
+
+def literal(value: Any) -> Any:
+    """Return a value in which `${` is text to OmegaConf, not the start of an interpolation."""
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+    if isinstance(value, Mapping):
+        return {key: literal(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [literal(item) for item in value]
+    return value
 
 
 def _parse(words: Iterable[str]) -> list[Override]:
@@ -416,7 +428,7 @@ def _section(values: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 def _collect(found: list[str], config_type: type, section: Mapping[str, Any], name: str) -> Any:
     try:
-        return instantiate(config_type, section, name)
+        return instantiate(config_type, literal(section), name)
     except ConfigError as error:
         found.extend(error.faults)
         return config_type()

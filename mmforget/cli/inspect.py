@@ -145,7 +145,7 @@ def _file(kind: str, name: str, config_dir: Path | None) -> dict[str, Any]:
     word = "suite" if kind == "suites" else "preset"
     example = f"mmforget run {word}={name}"
     if kind == "presets":
-        benchmark, _, method = name.removesuffix("/mini").rpartition("/")
+        benchmark, _, method = name.rpartition("/")
         example = f"mmforget run benchmark={benchmark.removesuffix('/mini')} method={method}"
         example += f" preset={name}"
     return {"kind": word, "name": name, "text": path.read_text(), "example": example}

@@ -1,3 +1,5 @@
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -5,14 +7,19 @@ import yaml
 
 from mmforget.config import expand, from_mapping, load_config, plan
 from mmforget.errors import ConfigError
-from mmforget.registry import load_plugins
+from mmforget.registry import REGISTRIES, load_plugins
 
 TOY = ["benchmark=toy/points", "method=finetune"]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _toy() -> None:
-    load_plugins((Path(__file__).parents[1] / "cli" / "toy_plugin.py",))
+def _toy_modality() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for registry in REGISTRIES.values():
+            patch.setattr(registry, "_targets", dict(registry._targets))
+        load_plugins((Path(__file__).parents[1] / "cli" / "toy_plugin.py",))
+        yield
+    sys.modules.pop("mmforget_plugin_toy_plugin", None)
 
 
 def faults(words: list[str], config_dir: Path | None = None) -> tuple[str, ...]:
@@ -63,6 +70,11 @@ def test_the_last_word_of_a_key_wins_also_over_a_suite(tmp_path: Path) -> None:
     assert run == ["benchmark=toy/points", "method=finetune", "method.lr=0.2"]
     with pytest.raises(ConfigError, match=r"unknown suite 'mien'. Close: mine"):
         expand(["suite=mien"], tmp_path)
+
+
+def test_interpolation_works_within_a_config() -> None:
+    made = plan([*TOY, "request.count=7", "model.width=${request.count}"])
+    assert made.sections["model"].width == 7
 
 
 def test_values_reach_their_sections_with_their_types() -> None:
@@ -185,7 +197,10 @@ def test_a_method_of_another_modality_is_refused() -> None:
 
 
 def test_a_resolved_config_gives_the_same_plan(tmp_path: Path) -> None:
-    made = plan([*TOY, "method.lr=0.3", "attack=peek", "attack.peek.label='a b'", "seed=2"])
+    text = r"request.note='\${x} and more'"
+    words = ["method.lr=0.3", "attack=peek", "attack.peek.label='a b'", "seed=2", text]
+    made = plan([*TOY, *words])
+    assert made.sections["request"].note == "${x} and more"
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(made.resolved()))
     again = load_config(path)

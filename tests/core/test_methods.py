@@ -10,7 +10,7 @@ from mmforget.errors import ConfigError
 from mmforget.methods.base import make_loss_method
 from mmforget.methods.salun import largest
 from mmforget.registry import METHODS
-from mmforget.testing.contract import Case, check_close, check_same, run_case
+from mmforget.testing.contract import Case, check_close, check_resume, check_same, run_case
 from mmforget.testing.toys import toy_world
 from tests.parity.methods import Held, HeldClasses, Rows, batches, context
 
@@ -296,7 +296,13 @@ def test_sam_evaluates_forget_twice_and_retain_once():
     assert seen == [5, 5, 5]
 
 
-def test_scrub_rewinds_to_the_epoch_closest_to_validation():
+def test_sam_restores_every_bit():
+    world = toy_world("classes")
+    outcome = run_case(Case("sam", {"rho": 1.0, "inner": {"lr": 0.0, "epochs": 1}}, world))
+    check_same(outcome.model, world.build(0), "looking at radius 1")
+
+
+def test_scrub_rewinds_to_the_epoch_closest_to_validation(tmp_path):
     world = toy_world("classes")
     settings = {**STEPS, "schedule": "constant", "optimizer": "sgd", "weight_decay": 0.0}
     settings |= {"max_epochs": 4, "forget_batch_size": 6, "retain_batch_size": 36}
@@ -304,10 +310,12 @@ def test_scrub_rewinds_to_the_epoch_closest_to_validation():
     losses = [mean_loss(world, model, "forget") for model in epochs]
     target = mean_loss(world, epochs[-1], "val")
     best = int(np.argmin([abs(loss - target) for loss in losses]))
-    rewound = run_case(Case("scrub", {**settings, "epochs": 5, "rewind": True}, world))
+    case = Case("scrub", {**settings, "epochs": 5, "rewind": True}, world)
+    rewound = run_case(case)
     check_same(rewound.model, epochs[best], "rewinding")
     assert best != 4  # or the test would show nothing
     assert rewound.method.reads == {"forget", "retain", "val"}
+    check_resume(case, rewound, tmp_path)
 
 
 def test_original_and_retrain():

@@ -73,9 +73,10 @@ def test_a_run_repeats_from_its_config(tmp_path: Path) -> None:
     first = run(tmp_path / "a", "method=npo", "method.lr=0.01", "seed=3")
     again = pipeline(tmp_path / "b").run(load_config(first.folder / "config.yaml"))
     assert numbers(again) == numbers(first) and again.id == first.id
-    assert replay(first.folder).resolved() == plan(
-        [*WORDS, "method=npo", "method.lr=0.01", "seed=3"]
-    ).resolved()
+    assert (
+        replay(first.folder).resolved()
+        == plan([*WORDS, "method=npo", "method.lr=0.01", "seed=3"]).resolved()
+    )
 
 
 def test_runtime_stays_out_of_the_id_and_seeds_do_not(tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def test_record_keeps_what_metrics_need() -> None:
     with torch.no_grad():
         numbers = SINGLE.record(model, data)
         expected = model(data.image)
-    torch.testing.assert_close(numbers["logits"], expected)
+        torch.testing.assert_close(numbers["logits"], expected)
         torch.testing.assert_close(head(model)[1](numbers["features"]), expected)
     assert numbers["loss"].shape == (4,) and numbers["identity"].tolist() == [7, 7, 8, 9]
     assert not any(module._forward_pre_hooks for module in model.modules())

@@ -1,11 +1,17 @@
 """Vision-only methods on a small world of faces: contract, and forgetting towards the retrained."""
 
 import copy
+import os
+import subprocess
+import sys
 from functools import cache
+from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import Tensor, nn
 
 from mmforget.context import Context
@@ -128,10 +134,13 @@ def context(name: str, model: nn.Module, multilabel: bool = False) -> Context:
     )
 
 
-def unlearn(name: str, multilabel: bool = False, **settings: Any) -> nn.Module:
+def unlearn(
+    name: str, multilabel: bool = False, start: nn.Module | None = None, **settings: Any
+) -> nn.Module:
     cls = METHODS.get(name)
     method = cls(instantiate(cls.config_type, settings, "method"))
-    return method.run(context(name, trained("train", multilabel), multilabel)).eval()
+    start = start or trained("train", multilabel)
+    return method.run(context(name, start, multilabel)).eval()
 
 
 def numbers(model: nn.Module, split: str, multilabel: bool = False) -> dict[str, Any]:
@@ -159,18 +168,21 @@ LOSS_METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "unsir_class": ("vision/unsir", {**PLAIN, "variant": "class", "noise_steps": 3}),
     "boundary_shrink": ("vision/boundary_shrink", PLAIN),
     "boundary_expand": ("vision/boundary_expand", PLAIN),
+    # Wrappers see the weights of the wider head, which exist after set-up only.
+    "salun": ("salun", {"inner": {"name": "vision/boundary_expand", **PLAIN}}),
+    "sam": ("sam", {"rho": 0.01, "inner": {"name": "vision/cf_k", "k": 2, **PLAIN}}),
 }
 
 
 @pytest.mark.parametrize("key", LOSS_METHODS)
 def test_contract(key, tmp_path):
     name, settings = LOSS_METHODS[key]
-    case = Case(name, settings, faces(), partial=key == "cf_k_headless")
+    case = Case(name, settings, faces(), partial=key in ("cf_k_headless", "salun"))
     check_metadata(case)
     first = run_case(case)
     check_moves(case, first)
     check_same(run_case(case).model, first.model, f"{key}: a second run of one seed")
-    if "_k" not in key:  # these derive their scope from k
+    if "_k" not in key and key != "sam":  # these derive their scope from k
         check_scope(case)
     if key != "eu_k":  # a learning rate of 0 leaves its fresh blocks
         check_zero_rate(case)
@@ -188,7 +200,7 @@ SLOW_PUSH = {"batch_size": 12, "epochs": 5, "momentum": 0.0}
         ("cf_k", {"k": 3, "lr": 0.1, "weight_decay": 1e-2, "batch_size": 16}),
         ("eu_k", {"k": 3, "epochs": 15, "lr": 0.05, "batch_size": 32}),
         ("unsir", {"epochs": 5, "lr": 0.01, "noise_weight": 5.0, "batch_size": 12}),
-        ("unsir", {"epochs": 6, "repair_epochs": 2, "lr": 0.01, "reference": True, **MUAC_NOISE}),
+        ("unsir", {"epochs": 6, "repair_epochs": 2, "lr": 0.02, "reference": True, **MUAC_NOISE}),
         ("boundary_shrink", {"lr": 3e-4, **SLOW_PUSH}),
         ("boundary_expand", {"lr": 3e-4, **SLOW_PUSH}),
         ("fisher", {"alpha": 1e-5}),
@@ -239,6 +251,58 @@ def test_attributes(name, settings):
 def test_methods_of_classes_refuse_attributes(name, settings):
     with pytest.raises(ConfigError, match="attributes"):
         unlearn(f"vision/{name}", multilabel=True, **settings)
+
+
+# Batches that leave fewer rows than processes, and samples that end inside a batch, among them.
+SPLIT_OVER_PROCESSES: list[tuple[str, dict[str, Any]]] = [
+    ("cf_k", {"k": 2, "epochs": 1, "batch_size": 13}),
+    ("unsir", {"noise_steps": 2, "batch_size": 5}),
+    ("unsir", {"noise_steps": 2, "batch_size": 5, "variant": "class"}),
+    ("boundary_shrink", {"epochs": 1, "batch_size": 5}),
+    ("boundary_expand", {"epochs": 1, "batch_size": 5}),
+    ("fisher", {"batch_size": 13}),
+    ("fisher", {"batch_size": 7, "reference": True}),
+    ("fisher", {"batch_size": 1, "form": "simple"}),
+    ("influence", {"batch_size": 13, "samples": 20}),
+    ("influence", {"batch_size": 13, "samples": 20, "reference": True}),
+    ("ssd", {"alpha": 1.0, "importance_batch_size": 5}),
+]
+
+
+def write_results(folder: Path) -> int:
+    """Run every case from the weights in `folder`; return the number of processes."""
+    start = faces().build(0)
+    start.load_state_dict(torch.load(folder / "start.pt", weights_only=True))
+    for index, (name, settings) in enumerate(SPLIT_OVER_PROCESSES):
+        result = unlearn(f"vision/{name}", start=start, **settings)
+        if engine().is_main:
+            torch.save(result.state_dict(), folder / f"{index}.pt")
+    return engine().world
+
+
+@pytest.mark.slow  # three imports of torch
+def test_two_processes_give_the_weights_of_one(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    for folder in (one, two):
+        folder.mkdir()
+        torch.save(trained("train").state_dict(), folder / "start.pt")
+    write_results(one)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
+    done = subprocess.run(
+        [sys.executable, *launch, str(two)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert (two / "processes").read_text() == "2"
+    for index, case in enumerate(SPLIT_OVER_PROCESSES):
+        single = torch.load(one / f"{index}.pt", weights_only=True)
+        double = torch.load(two / f"{index}.pt", weights_only=True)
+        for name, value in single.items():
+            assert torch.allclose(value.float(), double[name].float(), atol=1e-5), (case, name)
 
 
 # The last blocks.
@@ -467,7 +531,7 @@ def test_output_noise_is_fitted_towards_or_away(reference):
     def distance(steps: int) -> float:
         method = UNSIR(UNSIRConfig(noise_steps=steps, noise_lr=0.01, reference=reference))
         noise = method.output_noise(ctx, batch)
-        assert 0 <= float(noise.min()) and float(noise.max()) <= 1
+        assert float(noise.min()) >= 0 and float(noise.max()) <= 1
         with torch.no_grad():
             return float((ctx.model(noise) - wanted).square().mean())
 
@@ -494,18 +558,43 @@ def test_unsir_forgets_a_class():
     retain = Subset(data, (labels != 0).nonzero().flatten().tolist())
     ctx = context("vision/unsir", trained("train"))
     ctx._splits = Splits(forget, retain, data, world.splits.holdout, world.splits.test)
-    result = UNSIR(
-        UNSIRConfig(variant="class", epochs=3, lr=0.01, batch_size=16, noise_weight=1.0)
-    ).run(ctx)
+    settings: dict[str, Any] = {"epochs": 6, "repair_epochs": 4, "lr": 0.01, "batch_size": 16}
+    result = UNSIR(UNSIRConfig(variant="class", noise_weight=0.5, **settings)).run(ctx)
 
     def right(part: Subset) -> float:
         found = engine().predict(result, world.adapter, part, seed=0)
         return float((found["logits"].argmax(1) == found["label"]).mean())
 
-    assert right(forget) < 0.5
+    assert right(forget) < 0.2
     assert right(retain) > 0.9
 
 
 def test_unsir_needs_an_epoch_that_impairs():
     with pytest.raises(ConfigError, match="no epoch that impairs"):
         unlearn("vision/unsir", epochs=1)
+
+
+# Published settings.
+
+PRESETS = sorted(Path(str(files("mmforget.configs"))).glob("preset/vision/mu?ac/*.yaml"))
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_presets_set_what_differs(path):
+    text = path.read_text()
+    assert text.startswith("# @package _global_\n# ")
+    settings = yaml.safe_load(text)["method"]
+    cls = METHODS.get(path.stem, "vision")
+    cls(instantiate(cls.config_type, settings, "method"))
+    default = cls.config_type()
+    assert [key for key, value in settings.items() if getattr(default, key) == value] == []
+
+
+def test_presets_exist():
+    names = {(path.parent.name, path.stem) for path in PRESETS}
+    methods = {"finetune", "cf_k", "grad_ascent", "grad_diff", "unsir", "scrub"}
+    assert {(data, name) for data in ("mufac", "mucac") for name in methods} <= names
+
+
+if __name__ == "__main__":
+    (Path(sys.argv[1]) / "processes").write_text(str(write_results(Path(sys.argv[1]))))

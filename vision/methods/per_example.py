@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mmforget.context import Context
 from mmforget.types import Adapter, Batch, Outputs
@@ -80,7 +81,8 @@ class SquaredGradients:
             return self._values(weights, Faces(image[None], label[None]))[0]
 
         jacobian: Callable[..., Any] = vmap(jacrev(values), in_dims=(None, 0, 0))
-        return cast(dict[str, Tensor], jacobian(self.weights, data.image, data.label))
+        with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no rule for vmap
+            return cast(dict[str, Tensor], jacobian(self.weights, data.image, data.label))
 
     def _single(self, data: Faces) -> dict[str, Tensor]:
         leaves = {name: w.detach().requires_grad_() for name, w in self.weights.items()}
