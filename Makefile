@@ -11,7 +11,7 @@ install: .venv/.installed
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "uv>=0.5"
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt \
-		--config-settings editable_mode=strict -e '.[all,dev]'
+		-e '.[all,dev]'
 	touch $@
 
 demo: install

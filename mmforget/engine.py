@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from mmforget.errors import ConfigError
 from mmforget.options import option
 from mmforget.record import Cost, write_text
-from mmforget.rng import Draws, derive
+from mmforget.rng import BlockDraws, Draws, derive
 from mmforget.types import Adapter, Batch, Dataset
 
 logger = logging.getLogger(__name__)
@@ -302,7 +302,8 @@ class Engine:
         with torch.inference_mode():
             rows = [list(range(s, min(s + size, len(dataset)))) for s in mine]
             for start, chunk, raw in zip(mine, rows, ahead(dataset, rows), strict=True):
-                draws = Draws(seed, "evaluate", start, total=len(chunk), device=self.device)
+                stop = start + len(chunk)
+                draws = BlockDraws(seed, "evaluate", start=start, stop=stop, device=self.device)
                 data = adapter.prepare(raw, draws, train=False)
                 with self.autocast():
                     numbers = adapter.record(model, data)

@@ -65,3 +65,47 @@ class Draws:
     def _cut(self, drawn: Tensor) -> Tensor:
         rows = self.rows if isinstance(self.rows, slice) else list(self.rows)
         return drawn[rows].to(self.device, non_blocking=True)
+
+
+class BlockDraws(Draws):
+    """Random numbers for examples `start` to `stop` of a data set, drawn in blocks of fixed size.
+
+    An example's numbers depend on its place in the data set alone, so neither the batch size of an
+    evaluation nor the number of processes changes them.
+    """
+
+    BLOCK = 64
+
+    def __init__(
+        self,
+        seed: int,
+        *stream: str | int,
+        start: int,
+        stop: int,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__(seed, *stream, total=stop - start, device=device)
+        first, last = start // self.BLOCK, (stop - 1) // self.BLOCK
+        self.parts = [
+            Draws(
+                seed,
+                *stream,
+                block,
+                total=self.BLOCK,
+                rows=slice(max(start - block * self.BLOCK, 0), stop - block * self.BLOCK),
+                device=device,
+            )
+            for block in range(first, last + 1)
+        ]
+
+    def uniform(self, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
+        """Return floats in [low, high), [B, *shape]."""
+        return torch.cat([part.uniform(*shape, low=low, high=high) for part in self.parts])
+
+    def normal(self, *shape: int) -> Tensor:
+        """Return standard normal floats, [B, *shape]."""
+        return torch.cat([part.normal(*shape) for part in self.parts])
+
+    def integers(self, high: int, *shape: int) -> Tensor:
+        """Return integers in [0, high), [B, *shape], int64."""
+        return torch.cat([part.integers(high, *shape) for part in self.parts])

@@ -175,6 +175,11 @@ class Workbench:
             reference.append(cost)
             return made
 
+        def fresh(chosen: int) -> nn.Module:
+            made = bench.benchmark.build(chosen)
+            bench.benchmark.adapter.apply_request(made, splits)
+            return made
+
         student = copy.deepcopy(model)
         bench.benchmark.adapter.apply_request(student, splits)
         ctx = Context(
@@ -185,7 +190,7 @@ class Workbench:
             reads=method.reads,
             label=plan.method,
             seed=seed,
-            fresh_model=bench.benchmark.build,
+            fresh_model=fresh,
             retrain=retrain,
         )
         with engine.metered() as meter, _memory_hint():

@@ -74,3 +74,17 @@ def test_ranges_and_moments() -> None:
 def test_empty_rows() -> None:
     draws = Draws(0, total=4, rows=[])
     assert draws.normal(2).shape == (0, 2)
+
+
+def test_block_draws_depend_on_the_place_alone() -> None:
+    from mmforget.rng import BlockDraws
+
+    whole = BlockDraws(0, "evaluate", start=0, stop=200)
+    expected = [whole.uniform(3), whole.normal(), whole.integers(9, 2)]
+    for size in (1, 50, 64, 130):
+        parts = [
+            BlockDraws(0, "evaluate", start=s, stop=min(s + size, 200)) for s in range(0, 200, size)
+        ]
+        found = [[p.uniform(3), p.normal(), p.integers(9, 2)] for p in parts]
+        for k in range(3):
+            assert torch.equal(torch.cat([row[k] for row in found]), expected[k])

@@ -2,6 +2,7 @@
 
 import csv
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -496,3 +497,22 @@ def test_hub_failures_are_one_clear_error(tmp_path: Path, monkeypatch: pytest.Mo
     )
     with pytest.raises(DataError, match="Dasool/MUFAC cannot be downloaded"):
         made.splits()
+
+
+@pytest.mark.skipif("MMFORGET_REAL_DATA" not in os.environ, reason="MMFORGET_REAL_DATA is not set")
+def test_faces_on_the_orl_photographs(tmp_path: Path) -> None:
+    stored = np.load(Path(os.environ["MMFORGET_REAL_DATA"]) / "faces" / "orl_faces.npz")
+    for pixels, person, sample in zip(
+        *(stored[k] for k in ("images", "identity", "sample")), strict=True
+    ):
+        path = tmp_path / "orl" / f"s{person + 1:02d}" / f"{sample:02d}.pgm"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
+    config, request = {"image_size": 92}, {"persons": ["s01", "s02", "s07"]}
+    splits = _make(faces.Faces, tmp_path / "orl", tmp_path, config, request).splits()
+    sizes = [len(splits.get(name)) for name in ("forget", "retain", "holdout", "test")]
+    assert sizes == [24, 296, 6, 74] and splits.check() == []
+    image = splits.forget.take([0])["image"][0].numpy()
+    number = int(splits.forget.ids[0].partition("/")[2].removesuffix(".pgm"))
+    original = stored["images"][(stored["identity"] == 0) & (stored["sample"] == number)][0]
+    assert (image == original[10:102]).all()  # 92 x 112, cropped about its centre

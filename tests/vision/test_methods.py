@@ -350,7 +350,7 @@ def test_widened_head():
     wide = widened(layer, seed=3)
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(wide.weight[:3], layer.weight) and torch.equal(wide.bias[:3], layer.bias)
-    assert wide.weight.shape == (4, 5) and float(wide.weight[3].abs().max()) <= 5**-0.5
+    assert wide.weight.shape == (4, 5) and float(wide.weight[3].detach().abs().max()) <= 5**-0.5
     assert torch.equal(widened(layer, seed=3).weight, wide.weight)
     assert widened(nn.Linear(5, 3, bias=False), seed=0).bias is None
 

@@ -116,18 +116,21 @@ def _of_batch_means(
 ) -> dict[str, Tensor]:
     """Return the published estimate: E_batch Σ_y p̄_y·(∂ mean log p_y)², p̄ a batch's mean."""
     sums = {name: torch.zeros_like(weight) for name, weight in weights.items()}
-    batches, outcome, outcomes = 0, 0, 1
+    batches = 0
     for batch in ctx.batches("retain", batch_size):
-        while outcome < outcomes:
-            log_p = _log_probabilities(ctx.forward(batch), batch.data)
-            outcomes = log_p.shape[1]
-            gradients = ctx.gradients(ctx.mean(log_p[:, outcome], batch), list(weights.values()))
-            share = ctx.mean(log_p[:, outcome].detach().exp(), batch)
-            ctx.engine.reduce_sum([share])
-            for total, gradient in zip(sums.values(), gradients, strict=True):
-                total += share * gradient.square()
-            outcome += 1
-        batches, outcome = batches + 1, 0
+        log_p = _log_probabilities(ctx.forward(batch), batch.data)
+        for outcome in log_p.unbind(dim=1):
+            found = torch.autograd.grad(
+                ctx.mean(outcome, batch),
+                list(weights.values()),
+                retain_graph=True,
+                materialize_grads=True,
+            )
+            numbers = [*found, ctx.mean(outcome.detach().exp(), batch)]
+            ctx.engine.reduce_sum(numbers)
+            for total, gradient in zip(sums.values(), numbers[:-1], strict=True):
+                total += numbers[-1] * gradient.square()
+        batches += 1
     return {name: total / batches for name, total in sums.items()}
 
 

@@ -26,7 +26,7 @@ class InfluenceConfig:
     alpha: float = option(0.2, "length of the step (published: 1 to 20; users report below 1)")
     samples: int = option(1000, "N: retain examples behind the inverse Fisher information", low=1)
     reference: bool = option(False, "use the published recursion in place of the true inverse")
-    iterations: int = option(20, "conjugate-gradient iterations of the true inverse", low=0)
+    iterations: int = option(20, "conjugate-gradient iterations of the true inverse", low=1)
     batch_size: int = option(64, "examples computed at a time; does not change the result", low=1)
     scope: str = option("all", "parameters to change: all, head, last_k:N, or a regex")
 
