@@ -68,6 +68,10 @@ class Registry(Generic[T]):
             if fnmatchcase(name, pattern) or fnmatchcase(name.rpartition("/")[2], pattern)
         )
 
+    def target(self, name: str) -> str | T:
+        """Return what a name is bound to, importing nothing: a class, or where it lives."""
+        return self._targets[name]
+
     def resolve(self, name: str, modality: str | None = None) -> str:
         """Return the full name for `name`, looking in `modality` first.
 

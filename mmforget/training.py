@@ -382,6 +382,10 @@ def _resume(ctx: Context, method: LossMethod[Any], optimizer: torch.optim.Optimi
     state = unpack(tensors, scalars["skeleton"])
     ctx.model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
+    for weight, kept in optimizer.state.items():  # an update needs the memory layout of its weight
+        for key, value in kept.items():
+            if isinstance(value, Tensor) and value.shape == weight.shape:
+                kept[key] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
     method.load_state(state["method"])
     ctx.engine.meter.load_state(state["cost"])
     ctx.engine.rewind_log(state["step"])

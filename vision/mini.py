@@ -37,7 +37,7 @@ CELEBA_NAMES = (
 ATTRIBUTE_NAMES = CELEBA_NAMES.split()
 
 PERSONS = 24
-PHOTOS_OF_PERSON = 30
+PHOTOS_OF_PERSON = 20
 
 
 def write_mufac(folder: Path, seed: int, size: int = SIZE) -> None:
@@ -99,7 +99,7 @@ def write_mucac(folder: Path, seed: int, size: int = SIZE) -> None:
 
 
 def write_faces(folder: Path, seed: int, size: int = SIZE) -> None:
-    """Write one folder of 30 photos for each of 24 persons.
+    """Write one folder of 20 photos for each of 24 persons.
 
     Args:
         folder: Where to; made if needed.

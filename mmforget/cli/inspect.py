@@ -80,7 +80,7 @@ def _entries(kind: str, pattern: str, config_dir: Path | None) -> list[tuple[str
         names = config_names(kind.removesuffix("s"), config_dir)
         return [(name, _comment(kind, name, config_dir)) for name in names if _fits(name, pattern)]
     registry = REGISTRIES[kind]
-    return [(name, _summary(registry._targets[name])) for name in registry.names(pattern)]
+    return [(name, _summary(registry.target(name))) for name in registry.names(pattern)]
 
 
 def _fits(name: str, pattern: str) -> bool:

@@ -121,7 +121,9 @@ def test_a_collapsed_run_keeps_its_record(tmp_path: Path) -> None:
     assert run(tmp_path, "method=grad_ascent", "method.lr=1e30", "method.epochs=20") == result
 
 
-def test_a_split_that_was_not_declared_stays_closed(tmp_path: Path) -> None:
+def test_a_split_that_was_not_declared_stays_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Peeking(UnlearningMethod):  # type: ignore[type-arg]
         """Opens the test set."""
 
@@ -132,7 +134,7 @@ def test_a_split_that_was_not_declared_stays_closed(tmp_path: Path) -> None:
             ctx.split("test")
             return ctx.model
 
-    METHODS.register("toy/peeking")(Peeking)
+    monkeypatch.setitem(METHODS._targets, "toy/peeking", Peeking)
     with pytest.raises(SplitError, match="opened the test split"):
         run(tmp_path, "method=toy/peeking")
     (failed,) = [r for r in find_runs([tmp_path / "runs"]) if r.status == "failed"]

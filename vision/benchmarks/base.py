@@ -17,7 +17,7 @@ from torch import nn
 from mmforget.checkpoint import state_sha
 from mmforget.errors import ConfigError, DataError, MissingDependencyError, SplitError, unknown
 from mmforget.options import option
-from mmforget.record import RunResult, disk_error
+from mmforget.record import MetricValue, RunResult, disk_error
 from mmforget.report.section import Section
 from mmforget.rng import generator
 from mmforget.types import Benchmark, Splits, Subset, Trial
@@ -184,6 +184,16 @@ class FaceBenchmark(Benchmark):
     def build(self, seed: int) -> nn.Module:
         """Return a freshly initialised classifier; after `splits`."""
         return build_model(self.model, len(self.label_names()), seed)
+
+    def collapsed(self, metrics: Mapping[str, MetricValue]) -> str | None:
+        """Return why the utility is gone: a constant prediction would do as well."""
+        accuracy, floor = metrics.get("accuracy/test"), metrics.get("accuracy/constant_predictor")
+        if accuracy is None or floor is None or accuracy.value > floor.value:
+            return None
+        return (
+            f"test accuracy {accuracy.value:.3f} does not beat a constant prediction "
+            f"({floor.value:.3f})"
+        )
 
     def samples(self, trial: Trial, folder: Path) -> None:
         """Write up to 24 forget images and what the model says about them."""
