@@ -343,6 +343,12 @@ class Benchmark(ABC):
         self.request = request
         self.store = store
 
+    @property
+    def training(self) -> Training:
+        """The training recipe of originals, references and shadow models."""
+        chosen: Training = self.config.training
+        return chosen
+
     @abstractmethod
     def splits(self) -> Splits:
         """Read the data and apply the request; called once, cached by the caller.
@@ -377,7 +383,7 @@ class Benchmark(ABC):
         """
         from mmforget.training import fit
 
-        return fit(engine, model, self.adapter, data, self.config.training, seed, state)
+        return fit(engine, model, self.adapter, data, self.training, seed, state)
 
     def collapsed(self, metrics: Mapping[str, MetricValue]) -> str | None:
         """Return why a model with these metrics is of no use (utility at chance), or None."""

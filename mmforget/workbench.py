@@ -128,7 +128,7 @@ class Workbench:
             "benchmark": plan.benchmark,
             "recipe": bench.benchmark.recipe,
             "fingerprint": dict(bench.fingerprint),
-            "training": asdict(plan.sections["benchmark"].training),
+            "training": asdict(bench.benchmark.training),
             "seed": seed,
             "examples": ids_sha(data),
         }

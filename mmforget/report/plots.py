@@ -187,7 +187,8 @@ def histograms(block: Block, name: str) -> tuple[list[Panel], list[str]]:
         (row, {split: _shares(part, edges) for split, part in losses.items()})
         for row, losses in shown
     ]
-    top = max(float(part.max()) for _, parts in shares for part in parts.values())
+    peaks = [max(float(part.max()) for part in parts.values()) for _, parts in shares]
+    top = min(max(peaks), 2.5 * float(np.median(peaks)))  # one spike must not flatten the others
     panels = []
     for i, (row, parts) in enumerate(shares):
         picture = Picture(215, 130, left=6)

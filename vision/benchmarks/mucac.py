@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -84,12 +84,16 @@ class MUCAC(FaceBenchmark):
     mini_name: ClassVar[str] = "mucac"
 
     def __init__(self, config: Any, data: Any, model: Any, request: Any, store: Path) -> None:
-        """Take the training recipe of the task."""
-        if config.task != "multi":
-            config = replace(config, training=config.training_binary)
+        """Keep the configs; see `Benchmark`."""
         super().__init__(config, data, model, request, store)
         self.multilabel = config.task == "multi"
         self._retain: frozenset[str] = frozenset()
+
+    @property
+    def training(self) -> Training:
+        """The recipe of the task."""
+        chosen: Training = self.config.training if self.multilabel else self.config.training_binary
+        return chosen
 
     def splits(self) -> Splits:
         """Read, decode and split the images; see `Benchmark.splits`."""
@@ -98,12 +102,8 @@ class MUCAC(FaceBenchmark):
         return found
 
     def fingerprint(self) -> Mapping[str, Any]:
-        """Return what decides the weights, the task and its recipe included; after `splits`."""
-        chosen = {
-            "task": self.config.task,
-            "recipe": asdict(self.config.training),
-            "reference": self.config.reference,
-        }
+        """Return what decides the weights, the task included; after `splits`."""
+        chosen = {"task": self.config.task, "reference": self.config.reference}
         return {**super().fingerprint(), **chosen}
 
     def train(
@@ -112,7 +112,7 @@ class MUCAC(FaceBenchmark):
         """Train by the task's recipe; see `Benchmark.train`."""
         from mmforget.training import fit
 
-        training = self.config.training
+        training = self.training
         if self.config.reference and frozenset(data.ids) == self._retain:
             training = published_retrain(training, self.multilabel)
         return fit(engine, model, self.adapter, data, training, seed, state)
