@@ -24,8 +24,9 @@ printed by `mmforget show KIND/NAME`. Options are set as `key=value`, such as `m
 """
 TRAINING = """## Training options
 
-Every method marked *loss method* has these options, and so has the recipe of a benchmark
-(`benchmark.training.lr`). The tables below repeat one only where its default differs.
+Entries marked *training* have these options too: methods and attacks under their own prefix
+(`method.lr`, `attack.relearn.lr`), benchmarks under `benchmark.training`. The tables below repeat
+one only where its default differs.
 
 """
 SECTIONS = (
@@ -76,8 +77,7 @@ def described(content: Mapping[str, Any], facts: Sequence[str], training: Mappin
     start = prefix.get(content["kind"], "benchmark.training.")
     names = {option["key"].removeprefix(start) for option in options}
     if training.keys() <= names:
-        what = "loss method" if content["kind"] == "method" else "trains"
-        lines.append(f"- {what}: has the [training options](#training-options)")
+        lines.append("- training: has the [training options](#training-options)")
         options = [
             option
             for option in options

@@ -23,7 +23,7 @@ class RelearnConfig(Training):
     examples: int = option(32, "forget examples the attacker fine-tunes on (k)", low=1)
     max_steps: int | None = option(60, "optimiser steps of the attacker", low=1)
     every: int = option(4, "steps between two points of the curve", low=1)
-    lr: float = option(1e-2, "learning rate", low=0)
+    lr: float = option(1e-3, "learning rate", low=0)
     momentum: float = option(0.9, "momentum of SGD", low=0, high=1)
     batch_size: int = option(32, "examples in an effective batch", low=1)
     tolerance: float = option(0.02, "how near to the original's level counts as back", low=0)

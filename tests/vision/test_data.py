@@ -342,7 +342,7 @@ def test_mucac_splits_and_tasks(tmp_path: Path) -> None:
     smiling = _make(mucac.MUCAC, root, root / "store", {"task": "smiling"})
     one = smiling.splits().train.take(range(12))["label"]
     assert torch.equal(one, label[:, 1].long())
-    assert smiling.config.training.momentum == 0.9 and multi.config.training.momentum == 0.0
+    assert smiling.training.momentum == 0.9 and multi.training.momentum == 0.0
     assert multi.fingerprint()["task"] != smiling.fingerprint()["task"]
 
 
