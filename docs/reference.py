@@ -20,6 +20,7 @@ HEAD = """# Reference
 
 Made by `python docs/reference.py > docs/reference.md` from docstrings and schemas; the same text is
 printed by `mmforget show KIND/NAME`. Options are set as `key=value`, such as `method.lr=0.01`.
+Tuned values are in presets; `mmforget list presets` names them.
 
 """
 TRAINING = """## Training options
@@ -30,10 +31,10 @@ one only where its default differs.
 
 """
 SECTIONS = (
-    ("methods", "Methods", ("intent", "reads", "trains", "holds", "modalities", "presets")),
+    ("methods", "Methods", ("intent", "reads", "trains", "holds", "modalities")),
     ("metrics", "Metrics", ("needs",)),
     ("attacks", "Attacks", ("access", "needs", "budget")),
-    ("benchmarks", "Benchmarks", ("metrics", "attacks", "headline", "distance", "presets")),
+    ("benchmarks", "Benchmarks", ("metrics", "attacks", "headline", "distance")),
 )
 
 

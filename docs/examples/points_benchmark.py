@@ -163,7 +163,7 @@ class PointsBenchmark(Benchmark):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             width = self.model.width
-            return nn.Sequential(nn.Linear(SIZE, width), nn.ReLU(), nn.Linear(width, CLASSES))
+            return nn.Sequential(nn.Linear(SIZE, width), nn.SiLU(), nn.Linear(width, CLASSES))
 
     @classmethod
     def write_mini(cls, folder: Path, seed: int) -> None:
