@@ -276,6 +276,12 @@ class Cache:
                 raise
             raise clear from error
 
+    def discard(self, kind: str, inputs: Mapping[str, Any]) -> None:
+        """Remove one entry, if it is there and nobody is building it, so that it is made anew."""
+        path = self.path(kind, key_of(inputs))
+        if path.is_dir():
+            self._remove(path)
+
     def entries(self) -> list[Entry]:
         """Return all finished entries that can be read, by kind and key."""
         found = []

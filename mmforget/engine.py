@@ -135,7 +135,7 @@ class Engine:
         """Send losses of the block to `events` and to the trackers, as one tracked run."""
         self.events = events
         if self.runtime.trackers:
-            self.accelerator.init_trackers(name.replace("/", "-"), config=dict(config))
+            self.accelerator.init_trackers(name.replace("/", "-"), config=dict(_flat(config)))
         try:
             yield
         finally:
@@ -445,6 +445,15 @@ def _accelerator(runtime: Runtime, log_dir: Path | None) -> Accelerator:
         log_with=list(runtime.trackers) or None,
         project_dir=str(log_dir) if log_dir else None,
     )
+
+
+def _flat(config: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield dotted keys with plain values: trackers take no others."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{path}{key}.")
+        else:
+            yield f"{path}{key}", value if isinstance(value, (bool, int, float)) else str(value)
 
 
 def _draws(make: Any, rows: Sequence[int], *stream: str | int) -> Draws:

@@ -92,7 +92,9 @@ class Pipeline:
         """Return the workbench for a plan's runtime; the same one while the runtime is the same."""
         if self._engine is None or self._engine[0] != plan.runtime:
             self._engine = (plan.runtime, Engine(plan.runtime, self.runs))
-            self._workbench = Workbench(self._engine[1], self.cache)
+            trained = ("original", "retrained")
+            anew = trained[trained.index(self.fresh) :] if self.fresh in trained else ()
+            self._workbench = Workbench(self._engine[1], self.cache, anew)
         assert self._workbench is not None
         return self._workbench
 

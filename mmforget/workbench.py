@@ -8,7 +8,7 @@ import copy
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from mmforget.cache import Cache
+from mmforget.cache import Cache, key_of
 from mmforget.checkpoint import load_model, save_model, state_sha
 from mmforget.config import Plan
 from mmforget.context import Context
@@ -54,11 +54,14 @@ class Workbench:
     Args:
         engine: Device, precision, processes.
         cache: Where models and decoded data are kept.
+        anew: Labels of models ("original", "retrained") to train again, once each, though cached.
     """
 
-    def __init__(self, engine: Engine, cache: Cache) -> None:
+    def __init__(self, engine: Engine, cache: Cache, anew: Collection[str] = ()) -> None:
         self.engine = engine
         self.cache = cache
+        self.anew = anew
+        self._made_anew: set[str] = set()
         self._benches: dict[str, Bench] = {}
         self._views: dict[str, ModelView] = {}
 
@@ -99,6 +102,9 @@ class Workbench:
         """
         inputs = self.model_inputs(bench, plan, data, seed)
         engine, benchmark = self.engine, bench.benchmark
+        if label in self.anew and engine.is_main and key_of(inputs) not in self._made_anew:
+            self._made_anew.add(key_of(inputs))
+            self.cache.discard(MODELS, inputs)
         with ExitStack() as stack:
             place = (
                 stack.enter_context(self.cache.building(MODELS, inputs)) if engine.is_main else None

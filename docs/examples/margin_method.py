@@ -9,7 +9,7 @@ from mmforget.types import Training
 
 
 @dataclass(frozen=True)
-class MarginConfig(Training):  # noqa: D101
+class MarginConfig(Training):
     margin: float = option(2.0, "loss per unit from which an example counts as forgotten", low=0)
 
 
@@ -20,7 +20,7 @@ class Margin(LossMethod[MarginConfig]):
     reads = frozenset({"forget", "retain"})
     intent, citation, config_type = "removal", "docs/add_a_method.md", MarginConfig
 
-    def loss(self, ctx, forget, retain):  # noqa: D102
+    def loss(self, ctx, forget, retain):
         terms = {"retain": ctx.unit_mean(ctx.forward(retain).loss, retain)} if retain else {}
         if forget:
             missing = self.config.margin * forget.units - ctx.forward(forget).loss

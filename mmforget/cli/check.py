@@ -153,7 +153,9 @@ def _estimate(plan: "Plan") -> Estimate | None:
         return None
     weights = sum(p.numel() for p in built.parameters())
     method = METHODS.get(plan.method)(plan.sections["method"])
-    recipe = benchmark.training if method.intent == "reference" else getattr(method, "training", None)
+    recipe = (
+        benchmark.training if method.intent == "reference" else getattr(method, "training", None)
+    )
     trained, states = weights, 0
     if recipe is not None:
         states = 2 if recipe.optimizer != "sgd" else int(recipe.momentum > 0)

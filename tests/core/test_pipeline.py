@@ -106,6 +106,21 @@ def test_fresh_redoes_a_stage(tmp_path: Path, stage: str) -> None:
         pipeline(tmp_path, fresh="unlern")
 
 
+def test_fresh_original_trains_the_cached_models_again(tmp_path: Path) -> None:
+    first = run(tmp_path, "method=finetune")
+    marks = {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("cost.json")}
+    again = run(tmp_path, "method=finetune", fresh="retrained")
+    assert numbers(again) == numbers(first)
+    assert sum(p.stat().st_mtime_ns != t for p, t in marks.items()) == 1
+    run(tmp_path, "method=finetune", fresh="original")
+    assert all(p.stat().st_mtime_ns != t for p, t in marks.items()) and len(marks) == 2
+
+
+def test_a_tracker_gets_the_losses(tmp_path: Path) -> None:
+    run(tmp_path, "method=finetune", "runtime.trackers=[tensorboard]")
+    assert list((tmp_path / "runs").rglob("events.out.tfevents*"))
+
+
 def test_without_a_reference_nothing_is_filled_in(tmp_path: Path) -> None:
     result = run(tmp_path, "method=finetune", "reference=false")
     assert result.metrics["loss/forget"].reference is None
