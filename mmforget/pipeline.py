@@ -122,11 +122,11 @@ class Pipeline:
             CheckpointError: It is no checkpoint of the plan's model.
         """
         bench = self.workbench(plan).bench(plan)
+        model = bench.benchmark.build(0)
+        load_model(model, checkpoint)  # first: it may not fit
         parents = {"original": self.run(plan.with_method("original"))}
         if plan.reference:
             parents["retrained"] = self.run(plan.with_method("retrain"))
-        model = bench.benchmark.build(0)
-        load_model(model, checkpoint)
         return self._run(plan.with_method("original"), bench, parents, model)
 
     def place(self, plan: Plan, bench: Bench, external: nn.Module | None = None) -> Place:
