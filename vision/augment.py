@@ -17,13 +17,13 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from mmforget.rng import Draws
-from mmforget.vision.images import to_float
 
 SHEAR = 10.0  # degrees, along x
 SCALE = 0.2
 JITTER = 0.2
 GREY = (0.2989, 0.587, 0.114)  # torchvision's rgb_to_grayscale
 BRIGHTNESS, CONTRAST, SATURATION = range(3)
+PIECE = 16  # images transformed together on a CPU
 
 
 class Augmentation(NamedTuple):
@@ -56,8 +56,21 @@ def draw(draws: Draws) -> Augmentation:
 
 
 def augment(image: Tensor, chosen: Augmentation) -> Tensor:
-    """Return uint8 images [B, 3, H, W], transformed, as float32 in [0, 1]."""
-    return jitter(to_float(warp(image, chosen)), chosen)
+    """Return uint8 images [B, 3, H, W], transformed, as float32 in [0, 1].
+
+    On a CPU a few images at a time: they stay in the cache between the steps, and the memory that
+    every step works in is the same, where fresh memory would cost more than the arithmetic.
+    """
+    result = torch.empty(image.shape, device=image.device)
+    size = PIECE if image.device.type == "cpu" else max(1, len(image))
+    work = torch.empty((min(size, len(image)), *image.shape[1:]), device=image.device)
+    for start in range(0, len(image), size):
+        rows = slice(start, start + size)
+        part = Augmentation(*(values[rows] for values in chosen))
+        warped = warp(image[rows], part)
+        pixels = torch.mul(warped, 1.0 / 255.0, out=work[: len(warped)])
+        _jitter(pixels, result[rows], part)
+    return result
 
 
 def warp(image: Tensor, chosen: Augmentation) -> Tensor:
@@ -91,10 +104,16 @@ def jitter(image: Tensor, chosen: Augmentation) -> Tensor:
     Brightness f: f x. Contrast f: f x + (1 - f) mean of the grey image. Saturation f:
     f x + (1 - f) grey(x). Each is clamped to [0, 1], as in torchvision's ColorJitter.
     """
+    result = torch.empty_like(image)
+    _jitter(image, result, chosen)
+    return result
+
+
+def _jitter(image: Tensor, result: Tensor, chosen: Augmentation) -> None:
+    """Write the jittered images to `result`, going to and fro between the two."""
     grey = torch.tensor(GREY, device=image.device)
     eye = torch.eye(3, device=image.device)
-    x = image.flatten(2)
-    spare = torch.empty_like(x)
+    x, spare = image.flatten(2), result.flatten(2)
     for turn in range(3):
         kind = chosen.order[:, turn]
         factor = chosen.factors.gather(1, kind[:, None])[:, :, None]  # [B, 1, 1]
@@ -102,8 +121,7 @@ def jitter(image: Tensor, chosen: Augmentation) -> Tensor:
         level = (x.mean(dim=2) @ grey)[:, None, None]  # mean grey of each image
         offset = (kind == CONTRAST)[:, None, None] * (1 - factor) * level
         torch.bmm(matrix, x, out=spare).add_(offset).clamp_(0, 1)
-        x, spare = spare, x
-    return x.view(image.shape)
+        x, spare = spare, x  # after the third and last turn, x is the result
 
 
 def _centred(size: int, device: torch.device) -> Tensor:
