@@ -113,14 +113,14 @@ def _jitter(image: Tensor, result: Tensor, chosen: Augmentation) -> None:
     """Write the jittered images to `result`, going to and fro between the two."""
     grey = torch.tensor(GREY, device=image.device)
     eye = torch.eye(3, device=image.device)
+    factor = chosen.factors.gather(1, chosen.order)[:, :, None, None]  # [B, turn, 1, 1]
+    rest = 1 - factor
+    matrix = factor * eye + ((chosen.order == SATURATION)[:, :, None, None] * rest) * grey
+    share = ((chosen.order == CONTRAST)[:, :, None, None] * rest) * grey[:, None]  # of the mean
     x, spare = image.flatten(2), result.flatten(2)
     for turn in range(3):
-        kind = chosen.order[:, turn]
-        factor = chosen.factors.gather(1, kind[:, None])[:, :, None]  # [B, 1, 1]
-        matrix = factor * eye + (kind == SATURATION)[:, None, None] * (1 - factor) * grey
-        level = (x.mean(dim=2) @ grey)[:, None, None]  # mean grey of each image
-        offset = (kind == CONTRAST)[:, None, None] * (1 - factor) * level
-        torch.bmm(matrix, x, out=spare).add_(offset).clamp_(0, 1)
+        offset = x.mean(dim=2)[:, None] @ share[:, turn]  # [B, 1, 1]
+        torch.bmm(matrix[:, turn], x, out=spare).add_(offset).clamp_(0, 1)
         x, spare = spare, x  # after the third and last turn, x is the result
 
 
