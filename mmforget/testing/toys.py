@@ -8,6 +8,7 @@ weights depend on seeds alone, so every process makes the same.
 import hashlib
 import math
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -74,7 +75,7 @@ def softened_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     return (log_q.exp() * (log_q - log_p)).sum(-1) * temperature**2
 
 
-class ToyAdapter:
+class ToyAdapter(ABC):
     """What the four adapters have in common."""
 
     def parameters(self, model: nn.Module, scope: str) -> dict[str, nn.Parameter]:
@@ -94,9 +95,9 @@ class ToyAdapter:
         first = next(iter(data.values()))
         return torch.ones(len(first), device=first.device)
 
+    @abstractmethod
     def forward(self, model: nn.Module, data: Data) -> Outputs:
         """Run the model; each adapter says how."""
-        raise NotImplementedError
 
     def record(self, model: nn.Module, data: Data) -> dict[str, Tensor]:
         """Return the loss of each example."""
