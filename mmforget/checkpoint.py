@@ -61,8 +61,25 @@ def load_model(model: nn.Module, path: Path, strict: bool = True) -> None:
     Raises:
         CheckpointError: It cannot be read or does not fit; the message lists what differs.
     """
+    fit_state(model, read_state(path), path, strict)
+
+
+def fit_state(
+    model: nn.Module, state: Mapping[str, Tensor], path: Path, strict: bool = True
+) -> None:
+    """Copy named tensors into a model, or raise and leave it as it was; see `load_model`.
+
+    Args:
+        model: The model that the tensors must fit.
+        state: The tensors.
+        path: Where they come from, for the message.
+        strict: Whether missing and unexpected tensors are errors.
+
+    Raises:
+        CheckpointError: They do not fit; the message lists what differs.
+    """
     wanted = {k: v for k, v in model.state_dict().items() if isinstance(v, Tensor)}
-    found = _renamed(read_state(path), wanted)
+    found = _renamed(dict(state), wanted)
     shared = {_place(wanted[name]) for name in found.keys() & wanted.keys()}
     missing = [name for name in wanted if name not in found and _place(wanted[name]) not in shared]
     unexpected = [name for name in found if name not in wanted]

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ class Context:
         seed: The unlearning seed.
         fresh_model: Returns a freshly initialised model for a seed.
         retrain: Returns the model trained from scratch on the retain set, for a seed.
+        train: Trains a model on a data set by the benchmark's recipe: `Benchmark.train`.
 
     Attributes:
         phase: Name of the running pass (`Pass.name`).
@@ -47,6 +49,7 @@ class Context:
         seed: int,
         fresh_model: Callable[[int], nn.Module] | None = None,
         retrain: Callable[[int | None], nn.Module] | None = None,
+        train: Callable[[nn.Module, Dataset, int, Path | None], nn.Module] | None = None,
     ) -> None:
         self.engine = engine
         self.adapter = adapter
@@ -66,6 +69,7 @@ class Context:
         self.label = label
         self._fresh_model = fresh_model
         self._retrain = retrain
+        self._train = train
 
     def split(self, name: str) -> Dataset:
         """Return a split the method declared in `reads`.
@@ -139,6 +143,20 @@ class Context:
         """
         assert self._retrain is not None, "this context was made without a trainer"
         return self._retrain(seed)
+
+    def train(
+        self, model: nn.Module, dataset: Dataset, seed: int, state: Path | None = None
+    ) -> nn.Module:
+        """Train a model on a part of a split the method reads, by the benchmark's own recipe.
+
+        Args:
+            model: The model to train, such as one from `fresh_model`; it is changed.
+            dataset: A split from `split`, or a `types.subset` of one.
+            seed: Seed of order and draws.
+            state: Folder for step checkpoints, so that a killed training goes on; None: none.
+        """
+        assert self._train is not None, "this context was made without a trainer"
+        return self._train(model, dataset, seed, state)
 
     def batches(
         self, split: str, batch_size: int, *, train: bool = False, shuffle: bool = False

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mmforget.engine import Engine
+from mmforget.types import full
 
 
 class _SumOverProcesses(torch.autograd.Function):
@@ -55,7 +56,7 @@ def _forward(layer: nn.modules.batchnorm._BatchNorm, x: Tensor) -> Tensor:
     if not layer.training:
         return type(layer).forward(layer, x)
     dims = [d for d in range(x.dim()) if d != 1]
-    wide = x.float()
+    wide = full(x)
     # The sum and the sum of squared deviations from this process's mean, merged over processes
     # (Chan et al. 1979): squares about zero would lose digits.
     count = torch.full((1,), float(x.numel() // x.shape[1]), device=x.device)

@@ -26,6 +26,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from mmforget.errors import ConfigError
 from mmforget.options import option
@@ -50,7 +51,11 @@ class Runtime:
     """
 
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
-    precision: str = option("no", "mixed precision", choices=("no", "bf16", "fp16"))
+    precision: str = option(
+        "no",
+        "mixed precision; fp64 computes all in float64, to see what rounding decides",
+        choices=("no", "bf16", "fp16", "fp64"),
+    )
     accumulation: int = option(1, "micro-batches an effective batch is split into", low=1)
     eval_batch_size: int = option(256, "examples in a batch of evaluation", low=1)
     threads: int | None = option(None, "CPU threads; null takes torch's choice", low=1)
@@ -144,14 +149,24 @@ class Engine:
                 self.accelerator.end_training()
 
     def place(self, model: nn.Module) -> nn.Module:
-        """Put a model on the device, in the memory layout that the runtime asks for."""
+        """Put a model on the device, in the memory layout and width that the runtime asks for."""
+        if self.runtime.precision == "fp64":
+            model = model.double()
         if self.runtime.channels_last and any(p.dim() == 4 for p in model.parameters()):
             return model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
         return model.to(self.device)
 
+    def widen(self, data: Any) -> Any:
+        """Return prepared data with its floats as wide as the weights: for precision=fp64."""
+        if self.runtime.precision != "fp64":
+            return data
+        return tree_map(
+            lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, data
+        )
+
     def autocast(self) -> AbstractContextManager[Any]:
         """Return the mixed-precision context of one forward pass."""
-        if self.runtime.precision == "no":
+        if self.runtime.precision in ("no", "fp64"):
             return nullcontext()
         return self.accelerator.autocast()  # type: ignore[no-any-return]
 
@@ -230,7 +245,7 @@ class Engine:
                 taken = raw.get((split, m)) if raw else None
                 if taken is None:
                     taken = dataset.take([indices[r] for r in rows])
-                data = adapter.prepare(taken, draw("prepare", rows=rows), train)
+                data = self.widen(adapter.prepare(taken, draw("prepare", rows=rows), train))
                 prepared.setdefault(split, []).append((m, data))
                 micro[m][split] = Batch(
                     split=split,
@@ -304,7 +319,7 @@ class Engine:
             for start, chunk, raw in zip(mine, rows, ahead(dataset, rows), strict=True):
                 stop = start + len(chunk)
                 draws = BlockDraws(seed, "evaluate", start=start, stop=stop, device=self.device)
-                data = adapter.prepare(raw, draws, train=False)
+                data = self.widen(adapter.prepare(raw, draws, train=False))
                 with self.autocast():
                     numbers = adapter.record(model, data)
                 local.append((start, {k: v.cpu().numpy() for k, v in numbers.items()}))
@@ -440,11 +455,22 @@ def _accelerator(runtime: Runtime, log_dir: Path | None) -> Accelerator:
     if AcceleratorState._shared_state:
         AcceleratorState._reset_state(reset_partial_state=PartialState().num_processes == 1)
     return Accelerator(
-        cpu=kind == "cpu" or (kind == "auto" and os.environ.get("ACCELERATE_USE_CPU") == "true"),
-        mixed_precision=runtime.precision,
+        cpu=kind == "cpu" or (kind == "auto" and _on_cpu()),
+        mixed_precision="no" if runtime.precision == "fp64" else runtime.precision,
         log_with=list(runtime.trackers) or None,
         project_dir=str(log_dir) if log_dir else None,
     )
+
+
+def _on_cpu() -> bool:
+    """Return whether to compute on the CPU unasked: accelerate was told so, or there is no GPU.
+
+    Left to itself, accelerate ignores a launcher's processes on a machine without a GPU: each of
+    them would do the whole run alone.
+    """
+    launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    asked = os.environ.get("ACCELERATE_USE_CPU") == "true"
+    return asked or (launched and not torch.cuda.is_available())
 
 
 def _flat(config: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:

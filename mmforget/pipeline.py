@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 from torch import nn
 
 from mmforget.cache import Cache, canonical
-from mmforget.checkpoint import load_model, save_model, state_sha
+from mmforget.checkpoint import save_model, state_sha
 from mmforget.config import Plan, from_mapping
 from mmforget.engine import Engine
 from mmforget.environment import environment
@@ -122,8 +122,7 @@ class Pipeline:
             CheckpointError: It is no checkpoint of the plan's model.
         """
         bench = self.workbench(plan).bench(plan)
-        model = bench.benchmark.build(0)
-        load_model(model, checkpoint)  # first: it may not fit
+        model = bench.benchmark.rebuild(checkpoint)  # first: it may not fit
         parents = {"original": self.run(plan.with_method("original"))}
         if plan.reference:
             parents["retrained"] = self.run(plan.with_method("retrain"))
@@ -367,9 +366,8 @@ class _Runner:
             self.keys["retrained_model"] = retrain_key
         self.keys["original_model"] = key
         if self.model is None:
-            self.model = bench.benchmark.build(0)
-            load_model(self.model, self.place.folder / "model.safetensors")
-            self.model = self.engine.place(self.model).eval()
+            made = bench.benchmark.rebuild(self.place.folder / "model.safetensors")
+            self.model = self.engine.place(made).eval()
         name = f"{self.place.id}/{state_sha(self.model)}"
         return Trial(
             view=workbench.view(bench, self.model, seed, name),

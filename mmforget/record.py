@@ -91,6 +91,8 @@ class Cost:
         steps: Optimiser steps.
         examples_seen: Examples drawn for them, forget and retain.
         trainable: Parameters in scope.
+        prepare_s: Wall seconds of what the method made once before any request was known, shared
+            by all requests on one original; not part of `wall_s`.
     """
 
     wall_s: float = 0.0
@@ -99,6 +101,7 @@ class Cost:
     steps: int = 0
     examples_seen: int = 0
     trainable: int = 0
+    prepare_s: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ MODALITIES = ("vision", "diffusion", "vlm", "recsys")
 
 # Optional packages, and the extra that brings each: names the extra when an import fails.
 EXTRAS = {"timm": "vision", "torchvision": "vision", "PIL": "vision", "imagehash": "vision"}
+EXTRAS |= {"pandas": "recsys"}
 
 
 class Registry(Generic[T]):

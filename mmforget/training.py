@@ -68,6 +68,7 @@ def fit(
     seed: int,
     state: Path | None = None,
     label: str = "train",
+    method: "LossMethod[Any] | None" = None,
 ) -> nn.Module:
     """Train a model on a data set by supervised learning; returns it, in evaluation mode.
 
@@ -80,12 +81,13 @@ def fit(
         seed: Seed of order and augmentation.
         state: Folder for step checkpoints.
         label: What the progress bar says.
+        method: What is minimised on the retain split; None: `Supervised(training)`.
 
     Raises:
         CollapsedError: The loss became NaN or infinite.
     """
     splits = Splits(forget=data, retain=data, train=data, holdout=data, test=data)
-    method = Supervised(training)
+    method = method or Supervised(training)
     method.resume = state
     ctx = Context(
         engine=engine,

@@ -30,6 +30,11 @@ ConfigT = TypeVar("ConfigT")
 T = TypeVar("T")
 
 
+def full(values: Tensor) -> Tensor:
+    """Return half-precision values as float32, for losses and records; wider ones as they are."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
 class Outputs(NamedTuple):
     """One forward pass, whatever the modality.
 
@@ -85,6 +90,16 @@ class Subset:
     def take(self, indices: Sequence[int]) -> Any:
         """Return the raw batch of these examples, counted within the subset."""
         return self.dataset.take([self.indices[i] for i in indices])
+
+
+def subset(dataset: Dataset, indices: Sequence[int]) -> Dataset:
+    """Return some examples of a data set, in the given order, as a data set.
+
+    A data set that must know what it was cut from or to (negatives of a recommender) has a method
+    `select(indices)` of its own; any other becomes a `Subset`.
+    """
+    select: Callable[[Sequence[int]], Dataset] | None = getattr(dataset, "select", None)
+    return Subset(dataset, indices) if select is None else select(indices)
 
 
 class Adapter(Protocol):
@@ -198,18 +213,23 @@ class Splits:
             if len(self.get(name)) == 0:
                 raise SplitError(f"the {name} set is empty; check the request and the data folder")
         warnings = []
-        main = [(name, self.get(name)) for name in self.names() if name not in self.probes]
-        for i, (name, split) in enumerate(main):
-            for other, second in main[i + 1 :]:
+        main = {name: self.get(name) for name in self.names() if name not in self.probes}
+        ids = {name: set(split.ids) for name, split in main.items()}
+        digests = {
+            name: ids[name] if split.digests is split.ids else set(split.digests)
+            for name, split in main.items()
+        }
+        for i, name in enumerate(main):
+            for other in list(main)[i + 1 :]:
                 if name in ("holdout", "test") and other in ("holdout", "test"):
                     continue  # a benchmark may publish one unseen set for both uses
-                shared = set(split.ids) & set(second.ids)
+                shared = ids[name] & ids[other]
                 if shared:
                     raise SplitError(
                         f"{len(shared)} examples are in both {name} and {other}, such as "
                         f"{min(shared)!r}; an example belongs to one split"
                     )
-                same = set(split.digests) & set(second.digests)
+                same = digests[name] & digests[other]
                 if same:
                     message = f"{name} and {other} share {len(same)} examples of equal content"
                     if not allow_shared_content:
@@ -310,6 +330,8 @@ class Benchmark(ABC):
         headline: Names of metric values that the report's first table shows.
         distance: The metric value that ranks runs by distance to the retrained model (0 is best).
         allow_shared_content: Whether the published data holds duplicates across splits.
+        notes: What a reader must know of the data; known once splits are read.
+        engine: Set before `splits` is called, for data that depend on a trained model.
     """
 
     name: ClassVar[str]
@@ -326,6 +348,8 @@ class Benchmark(ABC):
     allow_shared_content: ClassVar[bool] = False
 
     adapter: Adapter
+    notes: Sequence[str] = ()
+    engine: "Engine | None" = None
 
     def __init__(self, config: Any, data: Any, model: Any, request: Any, store: Path) -> None:
         """Keep the configs; open nothing yet.
@@ -385,6 +409,20 @@ class Benchmark(ABC):
 
         return fit(engine, model, self.adapter, data, self.training, seed, state)
 
+    def rebuild(self, path: Path) -> nn.Module:
+        """Return the model that a checkpoint holds: a built one with its weights.
+
+        To override where methods return models of another structure than `build` gives.
+
+        Raises:
+            CheckpointError: It is no checkpoint of this benchmark's model.
+        """
+        from mmforget.checkpoint import load_model
+
+        model = self.build(0)
+        load_model(model, path)
+        return model
+
     def collapsed(self, metrics: Mapping[str, MetricValue]) -> str | None:
         """Return why a model with these metrics is of no use (utility at chance), or None."""
         return None
@@ -410,6 +448,9 @@ class UnlearningMethod(ABC, Generic[ConfigT]):
         holds: What it keeps in memory besides the model, in words.
         citation: Where it comes from.
         config_type: Its frozen dataclass.
+        prepares: Whether it makes something once for an original model, before any request is
+            known (`prepare`); its cost is recorded apart.
+        prepared: What `prepare` returned, when `run` is called.
     """
 
     reads: frozenset[str]
@@ -419,10 +460,21 @@ class UnlearningMethod(ABC, Generic[ConfigT]):
     holds: ClassVar[str] = "nothing"
     citation: ClassVar[str]
     config_type: ClassVar[type]
+    prepares: ClassVar[bool] = False
 
     def __init__(self, config: ConfigT) -> None:
         self.config = config
         self.resume: Path | None = None  # folder of step checkpoints; set by the pipeline
+        self.prepared: Mapping[str, Tensor] = {}
+
+    def prepare(self, ctx: "Context") -> Mapping[str, Tensor]:
+        """Return what is made once for an original model: shards, an encoder, statistics.
+
+        Called if `prepares`, with a context that reads `train` only, whose model is the original:
+        no request is known yet. Kept in the cache, so that every request on this original shares
+        it; time and steps are recorded as the cost of preparing, not of the request.
+        """
+        return {}
 
     @abstractmethod
     def run(self, ctx: "Context") -> nn.Module:

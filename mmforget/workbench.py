@@ -11,11 +11,13 @@ import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from mmforget.cache import Cache, key_of
 from mmforget.checkpoint import load_model, save_model, state_sha
@@ -26,7 +28,7 @@ from mmforget.errors import ResourceError
 from mmforget.record import Cost
 from mmforget.registry import BENCHMARKS, METHODS
 from mmforget.rng import derive
-from mmforget.types import Adapter, Benchmark, Dataset, ModelView, Splits, Subset, UnlearningMethod
+from mmforget.types import Adapter, Benchmark, Dataset, ModelView, Splits, UnlearningMethod, subset
 
 logger = logging.getLogger(__name__)
 
@@ -82,12 +84,13 @@ class Workbench:
                 request=plan.sections["request"],
                 store=self.cache.root / "data",
             )
+            made.engine = self.engine
             with _main_first(self.engine):
                 splits = made.splits()
             warnings = splits.check(allow_shared_content=made.allow_shared_content)
             for warning in warnings:
                 logger.warning("%s", warning)
-            self._benches[key] = Bench(made, splits, tuple(warnings), made.fingerprint())
+            self._benches[key] = Bench(made, splits, (*made.notes, *warnings), made.fingerprint())
         return self._benches[key]
 
     def trained(
@@ -111,7 +114,7 @@ class Workbench:
             )
             found = (place.ready, place.path, place.scratch) if place is not None else None
             ready, path, scratch = engine.share(found)
-            model = benchmark.build(derive(seed, "init"))
+            model = engine.place(benchmark.build(derive(seed, "init")))
             if not ready:
                 logger.info("training the %s model", label)
                 with engine.metered() as meter, _memory_hint():
@@ -126,7 +129,7 @@ class Workbench:
             engine.barrier()
         load_model(model, path / "model.safetensors")
         cost = Cost(**json.loads((path / "cost.json").read_text()))
-        return engine.place(model).eval(), cost, path.name
+        return model.eval(), cost, path.name
 
     def model_inputs(self, bench: Bench, plan: Plan, data: Dataset, seed: int) -> dict[str, Any]:
         """Return what decides the weights of a trained model: the content of its cache key."""
@@ -174,6 +177,9 @@ class Workbench:
         method = cls(plan.sections["method"])
         method.resume = resume
         reference: list[Cost] = []
+        prepare_s = 0.0
+        if method.prepares:
+            method.prepared, prepare_s = self._prepared(bench, plan, method, model, splits, seed)
 
         def retrain(chosen: int | None) -> nn.Module:
             train_seed = plan.seeds.train if chosen is None else chosen
@@ -198,13 +204,71 @@ class Workbench:
             seed=seed,
             fresh_model=fresh,
             retrain=retrain,
+            train=partial(bench.benchmark.train, engine),
         )
         with engine.metered() as meter, _memory_hint():
             made = method.run(ctx).eval()
         if reference:  # the reference is loaded from the cache: its cost is that of its training
             return made, reference[0]
         trainable = sum(parameter.numel() for parameter in ctx.trainable.values())
-        return made, meter.cost(trainable)
+        return made, replace(meter.cost(trainable), prepare_s=prepare_s)
+
+    def _prepared(
+        self,
+        bench: Bench,
+        plan: Plan,
+        method: UnlearningMethod[Any],
+        model: nn.Module,
+        splits: Splits,
+        seed: int,
+    ) -> tuple[dict[str, Tensor], float]:
+        """Return what a method makes once for an original, from the cache, and its wall seconds."""
+        engine = self.engine
+        inputs = {
+            "start": state_sha(model),
+            "method": plan.method,
+            "config": asdict(plan.sections["method"]),
+            "seed": seed,
+            "trainer": self.model_inputs(bench, plan, splits.train, seed),
+        }
+        with ExitStack() as stack:
+            place = (
+                stack.enter_context(self.cache.building("prepared", inputs))
+                if engine.is_main
+                else None
+            )
+            found = (place.ready, place.path, place.scratch) if place is not None else None
+            ready, path, scratch = engine.share(found)
+            if not ready:
+                logger.info("preparing %s", plan.method)
+                resume, method.resume = method.resume, scratch / "state"
+                ctx = Context(
+                    engine=engine,
+                    adapter=bench.benchmark.adapter,
+                    model=engine.place(copy.deepcopy(model)),
+                    splits=splits,
+                    reads=frozenset({"train"}),
+                    label=f"{plan.method} (preparing)",
+                    seed=seed,
+                    fresh_model=bench.benchmark.build,
+                    train=partial(bench.benchmark.train, engine),
+                )
+                with engine.metered() as meter, _memory_hint():
+                    made = method.prepare(ctx)
+                method.resume = resume
+                if place is not None:
+                    payload = place.scratch / "payload"
+                    payload.mkdir(parents=True, exist_ok=True)
+                    held = {k: v.detach().cpu().contiguous() for k, v in made.items()}
+                    save_file(held, payload / "prepared.safetensors")
+                    cost = json.dumps(asdict(meter.cost(0)))
+                    (payload / "cost.json").write_text(cost)
+                    place.commit()
+            engine.barrier()
+        tensors = {
+            k: v.to(engine.device) for k, v in load_file(path / "prepared.safetensors").items()
+        }
+        return tensors, float(json.loads((path / "cost.json").read_text())["wall_s"])
 
 
 class TrialLab:
@@ -218,12 +282,13 @@ class TrialLab:
         self.engine = workbench.engine
 
     def view(self, model: nn.Module) -> ModelView:
-        """Return a view of a model on the run's splits."""
-        return self.workbench.view(self.bench, model, self.plan.seeds.evaluate)
+        """Return a view of a model, put on the device, on the run's splits."""
+        placed = self.engine.place(model)
+        return self.workbench.view(self.bench, placed, self.plan.seeds.evaluate)
 
     def shadow(self, keep: Sequence[int], seed: int) -> nn.Module:
         """Return a model trained on these examples of `splits.train`."""
-        data = Subset(self.bench.splits.train, keep)
+        data = subset(self.bench.splits.train, keep)
         return self.workbench.trained(self.bench, self.plan, data, seed, "shadow")[0]
 
     def unlearn(
@@ -233,9 +298,9 @@ class TrialLab:
         train = self.bench.splits.train
         splits = replace(
             self.bench.splits,
-            forget=Subset(train, forget),
-            retain=Subset(train, keep),
-            train=Subset(train, [*forget, *keep]),
+            forget=subset(train, forget),
+            retain=subset(train, keep),
+            train=subset(train, [*forget, *keep]),
         )
         inputs = {
             "start": state_sha(model),
@@ -264,8 +329,7 @@ class TrialLab:
                     save_model(made, payload / "model.safetensors")
                     place.commit()
             engine.barrier()
-        result = self.bench.benchmark.build(0)
-        load_model(result, path / "model.safetensors")
+        result = self.bench.benchmark.rebuild(path / "model.safetensors")
         return engine.place(result).eval()
 
 

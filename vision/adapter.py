@@ -16,7 +16,7 @@ from torch.nn.functional import (
 
 from mmforget.errors import ConfigError
 from mmforget.rng import Draws
-from mmforget.types import Outputs, Splits
+from mmforget.types import Outputs, Splits, full
 from mmforget.vision.augment import augment, draw
 from mmforget.vision.images import to_float
 from mmforget.vision.models import Block, blocks, features_and_logits, head
@@ -65,7 +65,7 @@ class FaceAdapter:
 
     def forward(self, model: nn.Module, data: Faces) -> Outputs:
         """Return cross-entropy [B] and logits [B, C] (attributes: mean over them, [B, A])."""
-        logits = model(data.image).float()
+        logits = full(model(data.image))
         return Outputs(self._loss(logits, data.label), logits)
 
     def divergence(self, student: Outputs, teacher: Outputs, temperature: float = 1.0) -> Tensor:
@@ -137,12 +137,12 @@ class FaceAdapter:
     def record(self, model: nn.Module, data: Faces) -> dict[str, Tensor]:
         """Return loss [B], logits [B, C], label, features [B, D] and, if known, identity [B]."""
         features, logits = features_and_logits(model, data.image)
-        logits = logits.float()
+        logits = full(logits)
         numbers = {
             "loss": self._loss(logits, data.label),
             "logits": logits,
             "label": data.label,
-            "features": features.float(),
+            "features": full(features),
         }
         return numbers if data.identity is None else {**numbers, "identity": data.identity}
 

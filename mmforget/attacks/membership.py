@@ -109,7 +109,8 @@ class Membership(Attack[MembershipConfig]):
             regression = LogisticRegression(class_weight="balanced")
             scores["simple_lr"] = _learned(regression, losses, folds, seed)
             limit = self.config.svc_examples
-            machine = SVC(C=3, gamma="auto", kernel="rbf", class_weight="balanced")
+            # The usual tolerance of 1e-3 lets rounding of the inputs decide the order of scores.
+            machine = SVC(C=3, gamma="auto", kernel="rbf", class_weight="balanced", tol=1e-8)
             features = [_softmax_features(part)[:limit] for part in parts]
             scores["svc"] = _learned(machine, features, folds, seed)
         return scores
@@ -137,4 +138,5 @@ def _learned(
     split = StratifiedKFold(folds, shuffle=True, random_state=derive(seed, "folds") % 2**32)
     model = make_pipeline(StandardScaler(), attack)
     values = cross_val_predict(model, x, y, cv=split, method="decision_function")
+    values = np.round(values, 6)  # what the solver does not tell apart is a tie
     return values[: len(members)], values[len(members) :]

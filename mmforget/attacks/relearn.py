@@ -13,7 +13,7 @@ from mmforget.options import option
 from mmforget.record import AttackResult, MetricValue
 from mmforget.rng import derive
 from mmforget.training import Supervised, optimise
-from mmforget.types import Attack, Budget, Dataset, Subset, Training, Trial
+from mmforget.types import Attack, Budget, Dataset, Training, Trial, subset
 
 
 @dataclass(frozen=True)
@@ -61,13 +61,14 @@ class Relearn(Attack[RelearnConfig]):
         forget = trial.splits.forget
         order = epoch_order(len(forget), trial.seed, "relearn")
         held, others = order[: self.config.examples], order[self.config.examples :]
-        watched = Subset(forget, sorted(others or held))
-        original = level(_rows(trial.original.numbers("forget"), watched.indices))
+        rows = sorted(others or held)
+        watched = subset(forget, rows)
+        original = level(_rows(trial.original.numbers("forget"), rows))
         steps = min(budget.steps or 1, self.config.max_steps or 1)
         tuned = _Watched(
             replace(self.config, epochs=steps, max_steps=steps), trial, watched, self.config.every
         )
-        attacker = Subset(forget, held)
+        attacker = subset(forget, held)
         ctx = Context(
             engine=trial.lab.engine,
             adapter=trial.lab.adapter,

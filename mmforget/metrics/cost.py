@@ -13,6 +13,8 @@ class CostMetric(Metric):
 
     - `cost/wall_s`, `cost/device_s`: wall and device seconds, down.
     - `cost/peak_bytes`: peak memory, down. `cost/trainable`: parameters in scope, down.
+    - `cost/prepare_s`: wall seconds of what was made once before any request was known (shards, an
+      encoder), down; left out where there is nothing. All requests on one original share it.
     - `cost/speedup`: wall seconds of retraining over those of unlearning, up; left out without a
       retrained model.
 
@@ -34,6 +36,8 @@ class CostMetric(Metric):
             )
             for name in ("wall_s", "device_s", "peak_bytes", "trainable")
         }
+        if own.prepare_s > 0:
+            values["cost/prepare_s"] = MetricValue(own.prepare_s, "down")
         if retraining is not None:
             speedup = retraining.wall_s / own.wall_s if own.wall_s > 0 else math.nan
             values["cost/speedup"] = MetricValue(speedup, "up", 1.0)

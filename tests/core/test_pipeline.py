@@ -5,22 +5,54 @@ import multiprocessing
 import os
 import signal
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
+from torch import nn
 
 from mmforget.cache import Cache
 from mmforget.config import load_config, plan
+from mmforget.context import Context
 from mmforget.errors import BusyError, ConfigError, SplitError
 from mmforget.pipeline import Pipeline, replay
 from mmforget.record import RunResult, find_runs, load_run
 from mmforget.registry import METHODS, load_plugins
-from mmforget.types import UnlearningMethod
+from mmforget.types import UnlearningMethod, subset
 
 load_plugins((Path(__file__).parents[1] / "cli" / "toy_plugin.py",))
 WORDS = ["benchmark=toy/points", "benchmark.training.epochs=3", "runtime.checkpoint_every_s=0"]
 FORK = multiprocessing.get_context("fork")
+
+
+@dataclass(frozen=True)
+class PreparedConfig:
+    pass
+
+
+@METHODS.register("toy/prepared")
+class Prepared(UnlearningMethod[PreparedConfig]):
+    reads = frozenset({"retain"})
+    intent = "removal"
+    citation = "none"
+    config_type = PreparedConfig
+    prepares = True
+    calls: ClassVar[list[str]] = []
+
+    def prepare(self, ctx: Context) -> dict[str, torch.Tensor]:
+        self.calls.append("prepare")
+        assert len(ctx.split("train")) == 120
+        with pytest.raises(SplitError, match="declares to read only train"):
+            ctx.split("forget")
+        made = ctx.train(ctx.fresh_model(5), subset(ctx.split("train"), range(8)), seed=1)
+        return dict(made.state_dict())
+
+    def run(self, ctx: Context) -> nn.Module:
+        self.calls.append("run")
+        ctx.model.load_state_dict(self.prepared)
+        return ctx.model
 
 
 @pytest.fixture(autouse=True)
@@ -216,3 +248,12 @@ def test_a_second_process_waits_or_says_so(tmp_path: Path) -> None:
 
     with FileLock(result.folder / ".lock"), pytest.raises(BusyError, match="another process"):
         run(tmp_path, "method=finetune", wait=False)
+
+
+def test_preparing_is_done_once_and_sees_no_request(tmp_path: Path) -> None:
+    first = run(tmp_path, "method=toy/prepared")
+    assert first.cost.prepare_s > 0 and Prepared.calls == ["prepare", "run"]
+    again = run(tmp_path, "method=toy/prepared", fresh="unlearn")
+    assert Prepared.calls == ["prepare", "run", "run"], "it is kept in the cache"
+    assert again.metrics["loss/forget"] == first.metrics["loss/forget"]
+    assert again.cost.prepare_s == first.cost.prepare_s
