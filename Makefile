@@ -16,6 +16,7 @@ install: .venv/.installed
 
 demo: install
 	$(BIN)/mmforget run suite=vision/demo --runs $(DEMO) --report $(DEMO)/report.html
+	$(BIN)/mmforget run suite=recsys/demo --runs $(DEMO)-recsys --report $(DEMO)-recsys/report.html
 
 test: install
 	$(BIN)/python -m pytest -q
@@ -25,6 +26,7 @@ test-all: install
 
 bench: install
 	$(BIN)/python -m tests.bench.vision
+	$(BIN)/python -m tests.bench.recsys
 
 lint: install
 	$(BIN)/ruff check .

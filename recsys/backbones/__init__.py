@@ -1,0 +1,1 @@
+"""Recommenders: factorisation, graph and multimodal backbones."""
