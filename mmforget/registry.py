@@ -29,7 +29,6 @@ MODALITIES = ("vision", "diffusion", "vlm", "recsys")
 
 # Optional packages, and the extra that brings each: names the extra when an import fails.
 EXTRAS = {"timm": "vision", "torchvision": "vision", "PIL": "vision", "imagehash": "vision"}
-EXTRAS |= {"pandas": "recsys"}
 
 
 class Registry(Generic[T]):

@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from mmforget.errors import ConfigError
 
@@ -66,11 +67,33 @@ def _squares(tensors: Iterable[Tensor]) -> Tensor:
     return torch.stack([part.square().sum() for part in tensors]).sum()
 
 
+class _Partition(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, others: Tensor, size: int) -> Tensor:
+        parts = [(part @ others.T).logsumexp(1) for part in torch.split(anchor, size)]
+        found = torch.cat(parts)
+        ctx.save_for_backward(anchor, others, found)
+        ctx.size = size
+        return found
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        anchor, others, found = ctx.saved_tensors
+        to_anchor, to_others = torch.empty_like(anchor), torch.zeros_like(others)
+        for start in range(0, len(anchor), ctx.size):
+            rows = slice(start, start + ctx.size)
+            share = (anchor[rows] @ others.T).sub_(found[rows, None]).exp_().mul_(grad[rows, None])
+            to_anchor[rows] = share @ others
+            to_others.addmm_(share.T, anchor[rows])
+        return to_anchor, to_others, None
+
+
 def log_partition(anchor: Tensor, others: Tensor, temperature: float) -> Tensor:
     """Return log Σ_k exp(a·o_k / τ) of each anchor, [B], without overflow.
 
-    Scores are made in blocks, and made again for the backward, where all of them would take more
-    than 64 MB.
+    Where all scores would take more than 64 MB they are made in blocks, and again for the backward;
+    second derivatives are then not to be had.
 
     Args:
         anchor: [B, d].
@@ -80,16 +103,9 @@ def log_partition(anchor: Tensor, others: Tensor, temperature: float) -> Tensor:
     anchor = anchor / temperature
     size = max(1, CELLS // max(len(others), 1))
     if len(anchor) <= size:
-        return _logsumexp(anchor, others)
-    parts = [
-        checkpoint(_logsumexp, part, others, use_reentrant=False, preserve_rng_state=False)
-        for part in anchor.split(size)
-    ]
-    return torch.cat(parts)
-
-
-def _logsumexp(anchor: Tensor, others: Tensor) -> Tensor:
-    return (anchor @ others.T).logsumexp(1)
+        return (anchor @ others.T).logsumexp(1)
+    found: Tensor = _Partition.apply(anchor, others, size)
+    return found
 
 
 def infonce(
@@ -136,14 +152,16 @@ def contrast(
     """
     if form not in CONTRASTS:
         raise ConfigError(f"contrast={form!r} is unknown; accepted: {', '.join(CONTRASTS)}")
-    if form in ("unique", "sum"):
-        nodes = nodes.unique()
-    anchor = first.index_select(0, nodes)
-    if form in ("all", "sum"):
-        values = infonce(anchor, second, nodes, temperature)
-    else:
-        values = infonce(anchor, second.index_select(0, nodes), None, temperature)
-    return values.sum() if form == "sum" else values.mean()
+    if form == "batch":
+        anchor, others = first.index_select(0, nodes), second.index_select(0, nodes)
+        return infonce(anchor, others, None, temperature).mean()
+    # Repeats of a node have equal values: each is computed once.
+    unique, place = torch.unique(nodes, return_inverse=True)
+    anchor = first.index_select(0, unique)
+    if form == "unique":
+        return infonce(anchor, second.index_select(0, unique), None, temperature).mean()
+    values = infonce(anchor, second, unique, temperature)
+    return values.sum() if form == "sum" else values.index_select(0, place).mean()
 
 
 def type_contrast(
@@ -183,8 +201,10 @@ def svd_contrast(view: Tensor, main: Tensor, nodes: Tensor, temperature: float) 
         nodes: Nodes of the batch with repeats, int64 [B].
         temperature: τ.
     """
-    anchor = view.index_select(0, nodes)
+    unique, place = torch.unique(nodes, return_inverse=True)  # repeats have equal values
+    anchor = view.index_select(0, unique)
     total = log_partition(anchor, main, temperature)
     floor = torch.full_like(total, math.log(1e-8))
-    matched = (anchor * main.index_select(0, nodes)).sum(1) / temperature
-    return torch.logaddexp(total, floor).mean() - matched.clamp(-5.0, 5.0).mean()
+    matched = (anchor * main.index_select(0, unique)).sum(1) / temperature
+    values = torch.logaddexp(total, floor) - matched.clamp(-5.0, 5.0)
+    return values.index_select(0, place).mean()

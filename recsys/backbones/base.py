@@ -5,26 +5,12 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import increment_version
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from mmforget.errors import ConfigError
 from mmforget.recsys.graph import Graph
 from mmforget.recsys.losses import embedding_norm, half_squared, squared
 
 Made = TypeVar("Made")
-
-
-def _count_fused(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    """Move the version counters of what a fused step changed, as every other step does itself."""
-    fused = [group["params"] for group in optimizer.param_groups if group.get("fused")]
-    increment_version([p for group in fused for p in group if p.grad is not None])
-
-
-# Fused optimisers write weights behind autograd's back (torch 2.15), and `Recommender.final` would
-# go on returning the table of the old ones.
-register_optimizer_step_post_hook(_count_fused)
-
 L2_FORMS = ("half_squared", "norm", "final_half_squared", "mean_squares", "all_parameters")
 
 
@@ -34,8 +20,8 @@ class Recommender(nn.Module):
     A subclass has parameters and writes `table`; where only some rows are needed and that is
     cheaper, also `forward`; and `auxiliary` for what its published loss adds to BPR.
 
-    Weights must be changed in place by operations autograd sees (`copy_`, an optimiser), never
-    through `.data`: the table of a frozen model is kept until a version counter moves.
+    In evaluation mode weights must be changed in place by operations autograd sees (`copy_`), never
+    through `.data` or a fused optimiser: the final vectors are kept until a version counter moves.
 
     Args:
         graph: All training edges of the data set; shared, never changed.

@@ -137,7 +137,7 @@ def build_backbone(
     given_features = {"features": features} if config.name in MULTIMODAL else {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(seed, "backbone"))
-        return kind(graph, **given_features, **chosen)  # type: ignore[arg-type]
+        return kind(graph, **given_features, **chosen)
 
 
 # Tensors of other code bases and their names here; a dot at the end: all that begin so.

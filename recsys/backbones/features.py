@@ -105,7 +105,9 @@ def nearest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """
     unit = F.normalize(values, dim=1)
     size = max(1, CELLS // max(len(unit), 1))
-    blocks = [(rows @ unit.T).topk(min(count, len(unit)), dim=1) for rows in unit.split(size)]
+    blocks = [
+        (rows @ unit.T).topk(min(count, len(unit)), dim=1) for rows in torch.split(unit, size)
+    ]
     return torch.cat([b.indices for b in blocks]), torch.cat([b.values for b in blocks])
 
 

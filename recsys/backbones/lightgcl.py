@@ -70,7 +70,7 @@ class LightGCL(LightGCN):
             prefix: The sum of layers 0..L-1, [N, d].
         """
         left, size, right = self.decomposition()
-        users, items = prefix.split([self.graph.users, self.graph.items])
+        users, items = torch.split(prefix, [self.graph.users, self.graph.items])
         user = (left * size) @ (right.T @ items)
         item = (right * size) @ (left.T @ users)
         return self.start() + torch.cat([user, item])
@@ -117,6 +117,6 @@ def truncated_svd(graph: Graph, kept: Tensor, rank: int) -> tuple[Tensor, Tensor
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             wide = min(rank + SPARE, least)
-            left, size, right = torch.svd_lowrank(block.to_sparse_coo(), q=wide, niter=TURNS)
+            left, size, right = torch.svd_lowrank(block.to_sparse(), q=wide, niter=TURNS)
     found = (left[:, :rank], size[:rank], right[:, :rank])
-    return tuple(part.float().to(kept.device) for part in found)  # type: ignore[return-value]
+    return tuple(part.float().to(kept.device) for part in found)

@@ -62,6 +62,6 @@ class LightGCN(MatrixFactorisation):
         if FEW * len(nodes) >= self.graph.nodes:
             found = propagated_sum(self.adjacency(), self.start(), self.layers, self.first)
             return self.scale * found.index_select(0, nodes)
-        wanted, place = nodes.unique(return_inverse=True)
+        wanted, place = torch.unique(nodes, return_inverse=True)
         found = propagated_sum(self.adjacency(), self.start(), self.layers, self.first, wanted)
         return self.scale * found.index_select(0, place)

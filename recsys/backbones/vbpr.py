@@ -51,7 +51,7 @@ class VBPR(Embedded):
 
     def item_rows(self, item: Tensor) -> Tensor:
         """Return final vectors of items, mapping the features of each item once, [n, 2·dim]."""
-        wanted, place = item.unique(return_inverse=True)
+        wanted, place = torch.unique(item, return_inverse=True)
         device = self.items.device
         raw = [self.features.on(name, device).index_select(0, wanted) for name in self.order]
         rows = [self.items.index_select(0, wanted), self.linear(torch.cat(raw, dim=1))]

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmforget.context import Context
-from mmforget.engine import Engine, Runtime, epoch_order
+from mmforget.engine import Engine, Runtime
 from mmforget.recsys.adapter import RankingAdapter
 from mmforget.recsys.backbones.lightgcn import LightGCN
 from mmforget.recsys.data import Interactions, joined
@@ -39,7 +39,7 @@ from mmforget.recsys.methods.unlearnrec import UnlearnRec, UnlearnRecConfig
 from mmforget.recsys.ranking import Ranked, rank
 from mmforget.recsys.training import Ranking
 from mmforget.training import fit
-from mmforget.types import Splits, Training
+from mmforget.types import Batch, Splits, Training
 
 DIM, LAYERS, DECAY, BATCH, LR, K = 64, 3, 1e-4, 2048, 1e-3, 20
 EVAL_BATCH = 100  # users for which the plain evaluation propagates anew
@@ -51,9 +51,8 @@ SIZES = {"lastfm": (1892, 4489, 42135, 10533), "gowalla": (29858, 40981, 810128,
 class PlainData:
     """The pairs as the plain loop holds them: an array of items for each user."""
 
-    def __init__(self, table: Table) -> None:
-        self.users, self.items = table.users, table.items
-        self.size = len(table.train[0])
+    def __init__(self, table: Table, size: int) -> None:
+        self.users, self.items, self.size = table.users, table.items, size
         self.positives = _by_user(table.users, *table.train)
         tested = _by_user(table.users, *table.test)
         self.tested = {u: items.tolist() for u, items in enumerate(tested) if len(items)}
@@ -119,9 +118,10 @@ def plain_epoch(
     """Take the steps of one epoch over sampled triples."""
     net.train()
     triples = triples[torch.randperm(len(triples))].to(device)
-    for batch in triples.split(BATCH):
+    for first in range(0, len(triples), BATCH):
+        user, item, other = triples[first : first + BATCH].unbind(1)
         optimizer.zero_grad()
-        loss = net.loss(*batch.unbind(1))
+        loss = net.loss(user, item, other)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         loss.item()
@@ -154,27 +154,57 @@ def plain_evaluation(
     return recall / len(tested), ndcg / len(tested)
 
 
-class Turns(Ranking):
-    """Our training, which between two epochs hands over to someone else, and times its own."""
+class Clocked(Engine):
+    """The engine, which counts the seconds that batches take to make."""
 
-    def __init__(self, recipe: Training, between: Callable[[Context], None], device: Any) -> None:
+    loading = 0.0
+
+    def load(self, *args: Any, **kwargs: Any) -> list[dict[str, Batch]]:
+        """Prepare one effective batch; see `Engine.load`."""
+        begin = time.perf_counter()
+        found = super().load(*args, **kwargs)
+        self.loading += time.perf_counter() - begin
+        return found
+
+
+class Turns(Ranking):
+    """Our training, which between two epochs hands over to someone else, and times its own.
+
+    Attributes:
+        seconds: Of each epoch.
+        sampling: Those of them that its batches took.
+    """
+
+    def __init__(self, recipe: Training, between: Callable[[Context], None], engine: Clocked):
         super().__init__(recipe)
         self.between = between
-        self.device = device
+        self.engine = engine
         self.seconds: list[float] = []
+        self.sampling: list[float] = []
 
     def setup(self, ctx: Context) -> None:
         """Start the clock."""
-        sync(self.device)
-        self.since = time.perf_counter()
+        sync(self.engine.device)
+        self.since, self.engine.loading = time.perf_counter(), 0.0
 
     def after_epoch(self, ctx: Context) -> None:
         """Stop the clock while the other side works."""
-        sync(self.device)
+        sync(self.engine.device)
         self.seconds.append(time.perf_counter() - self.since)
+        self.sampling.append(self.engine.loading)
         self.between(ctx)
-        sync(self.device)
-        self.since = time.perf_counter()
+        self.setup(ctx)
+
+
+class Part(Interactions):
+    """All pairs, of which an epoch draws only some: for epochs that would take an hour."""
+
+    def __init__(self, whole: Interactions, size: int) -> None:
+        super().__init__(whole.user, whole.item, whole.items, whole.edge, by_user=True)
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
 
 
 class Reached(Exception):
@@ -184,13 +214,14 @@ class Reached(Exception):
 class Ours:
     """The pairs, the graph and the recipe as a benchmark of the project holds them."""
 
-    def __init__(self, table: Table, device: str, threads: int | None) -> None:
+    def __init__(self, table: Table, given: argparse.Namespace) -> None:
         self.table = table
-        self.engine = Engine(Runtime(device=device, threads=threads, progress=False))
+        self.engine = Clocked(Runtime(device=given.device, threads=given.threads, progress=False))
         self.adapter = RankingAdapter()
         self.graph = Graph(table.users, table.items, *table.train)
         edge = np.arange(len(self.graph))
         self.train = Interactions(*table.train, table.items, edge).sampled(by_user=True)
+        self.drawn = Part(self.train, drawn(table, given))
         self.test = Interactions(*table.test, table.items)
         self.known = joined([self.train], table.items)
 
@@ -204,19 +235,12 @@ class Ours:
 
     def fit(
         self, model: nn.Module, epochs: int, between: Callable[[Context], None], data: Interactions
-    ) -> list[float]:
-        """Train; return the seconds of each epoch."""
+    ) -> Turns:
+        """Train; return what was timed."""
         recipe = Training(epochs=epochs, lr=LR, optimizer="adam", batch_size=BATCH)
-        method = Turns(recipe, between, self.engine.device)
+        method = Turns(recipe, between, self.engine)
         fit(self.engine, model, self.adapter, data, recipe, 0, method=method)
-        return method.seconds
-
-    def sample(self, epoch: int) -> None:
-        """Prepare the batches of an epoch, as the training loop does."""
-        order = epoch_order(len(self.train), 0, "bench", epoch)
-        for k in range(0, len(order), BATCH):
-            parts = {"retain": (self.train, order[k : k + BATCH])}
-            self.engine.load(self.adapter, parts, seed=0, stream=(epoch, k), train=True)
+        return method
 
     @torch.no_grad()
     def evaluate(self, model: LightGCN, count: int | None = None) -> Ranked:
@@ -231,9 +255,9 @@ class Ours:
 
 def compare(table: Table, given: argparse.Namespace) -> dict[str, Any]:
     """Return seconds and quality of both sides, trained by turns."""
-    ours = Ours(table, given.device, given.threads)
+    ours = Ours(table, given)
     device = ours.engine.device
-    model, data = ours.model(), PlainData(table)
+    model, data = ours.model(), PlainData(table, len(ours.drawn))
     plain = PlainLightGCN(table, start(model)).to(device)
     optimizer = torch.optim.Adam(plain.parameters(), lr=LR)
     spent: dict[str, list[float]] = {"sample": [], "step": []}
@@ -244,8 +268,7 @@ def compare(table: Table, given: argparse.Namespace) -> dict[str, Any]:
         steps = partial(plain_epoch, plain, optimizer, triples[0], device)
         spent["step"].append(timed(steps, device))
 
-    epochs = ours.fit(model, given.epochs, plain_turn, ours.train)
-    sampling = [timed(partial(ours.sample, k), device) for k in range(given.repeats)]
+    trained = ours.fit(model, given.epochs, plain_turn, ours.drawn)
     count = given.eval_users
     judged: list[tuple[float, float]] = []
     evaluations: dict[str, list[float]] = {"plain": [], "ours": []}
@@ -261,11 +284,11 @@ def compare(table: Table, given: argparse.Namespace) -> dict[str, Any]:
     both = check.mean("recall", K), judged[0][0]
     if abs(both[0] - both[1]) > 2e-3:  # sigmoids may tie where scores do not
         raise AssertionError(f"two evaluations of one model differ: {both}")
-    step = min(epochs) - min(sampling)
+    steps = [a - b for a, b in zip(trained.seconds, trained.sampling, strict=True)]
     pairs = {
-        "epoch_s": (min(map(sum, zip(*spent.values(), strict=True))), min(epochs)),
-        "epoch_sampling_s": (min(spent["sample"]), min(sampling)),
-        "epoch_steps_s": (min(spent["step"]), step),
+        "epoch_s": (min(map(sum, zip(*spent.values(), strict=True))), min(trained.seconds)),
+        "epoch_sampling_s": (min(spent["sample"]), min(trained.sampling)),
+        "epoch_steps_s": (min(spent["step"]), min(steps)),
         "evaluation_s": (min(evaluations["plain"]), min(evaluations["ours"])),
         f"recall@{K}": (theirs.mean("recall", K), own.mean("recall", K)),
         f"ndcg@{K}": (theirs.mean("ndcg", K), own.mean("ndcg", K)),
@@ -284,7 +307,7 @@ def request(table: Table, given: argparse.Namespace) -> dict[str, float]:
     Recall@20 on test of the unlearned model decides how long retraining goes on: the shortest
     training that is as good. Evaluation between epochs is not counted.
     """
-    ours = Ours(table, given.device, given.threads)
+    ours = Ours(table, given)
     device = ours.engine.device
     rng = np.random.default_rng(0)
     gone = np.zeros(len(ours.train), np.bool_)
@@ -294,7 +317,7 @@ def request(table: Table, given: argparse.Namespace) -> dict[str, float]:
     test = ours.test
     splits = Splits(forget=forget, retain=retain, train=ours.train, holdout=test, test=test)
     original = ours.model()
-    trained = sum(ours.fit(original, given.epochs, lambda ctx: None, ours.train))
+    trained = sum(ours.fit(original, given.epochs, lambda ctx: None, ours.train).seconds)
     method = UnlearnRec(UnlearnRecConfig(epochs=given.prepare_epochs))
 
     def context(model: nn.Module, reads: frozenset[str]) -> Context:
@@ -313,14 +336,15 @@ def request(table: Table, given: argparse.Namespace) -> dict[str, float]:
         method.prepared = method.prepare(ctx)
 
     prepared = timed(prepare, device)
-    found: list[LightGCN] = []
-    spent = []
-    for _ in range(given.repeats):
-        student = copy.deepcopy(original)
+    students = [copy.deepcopy(original) for _ in range(given.repeats)]
+
+    def answer(student: LightGCN) -> None:
         ours.adapter.apply_request(student, splits)
-        spent.append(timed(partial(method.run, context(student, method.reads)), device))
-        found = [student]
-    before, wanted = (ours.evaluate(m).mean("recall", K) for m in (original, found[0]))
+        method.run(context(student, method.reads)).eval()
+        student.final()  # it can rank again
+
+    spent = [timed(partial(answer, student), device) for student in students]
+    before, wanted = (ours.evaluate(m).mean("recall", K) for m in (original, students[0]))
     retrained = ours.model()
     retrained.keep(torch.from_numpy(retain.edge).to(device))
     best = [0.0]
@@ -331,7 +355,7 @@ def request(table: Table, given: argparse.Namespace) -> dict[str, float]:
             raise Reached
 
     recipe = Training(epochs=given.retrain_epochs, lr=LR, optimizer="adam", batch_size=BATCH)
-    work = Turns(recipe, judge, device)
+    work = Turns(recipe, judge, ours.engine)
     try:
         fit(ours.engine, retrained, ours.adapter, retain, recipe, 0, method=work)
         reached = False
@@ -356,13 +380,13 @@ def peak(table: Table, given: argparse.Namespace, side: str) -> int:
     """Return peak bytes of one epoch and one evaluation of a side, above what is resident now."""
     engine = Engine(Runtime(device=given.device, threads=given.threads, progress=False))
     with engine.metered() as meter:
-        ours = Ours(table, given.device, given.threads)
+        ours = Ours(table, given)
         model = ours.model()
         if side == "ours":
-            ours.fit(model, 1, lambda ctx: None, ours.train)
+            ours.fit(model, 1, lambda ctx: None, ours.drawn)
             ours.evaluate(model, given.eval_users)
         else:
-            data = PlainData(table)
+            data = PlainData(table, len(ours.drawn))
             plain = PlainLightGCN(table, start(model)).to(engine.device)
             optimizer = torch.optim.Adam(plain.parameters(), lr=LR)
             plain_epoch(plain, optimizer, data.sample(0), engine.device)
@@ -375,6 +399,12 @@ def measured_apart(side: str) -> int:
     words = [sys.executable, "-m", "tests.bench.recsys", *sys.argv[1:], "--peak", side]
     done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
     return int(done.stdout.split()[-1])
+
+
+def drawn(table: Table, given: argparse.Namespace) -> int:
+    """Return the examples of an epoch: as many as pairs, or those of `--steps` steps."""
+    size = len(table.train[0])
+    return size if given.steps is None else min(size, given.steps * BATCH)
 
 
 def generated(size: str) -> Table:
@@ -390,7 +420,16 @@ def generated(size: str) -> Table:
     keys = rng.permutation(keys)[: trained + tested]
     parts = (np.sort(keys[:trained]), np.sort(keys[trained:]))
     train, test = ((part // items, part % items) for part in parts)
-    return Table(users=users, items=items, train=train, test=test, val=None)
+    return Table(
+        users=users,
+        items=items,
+        train=train,
+        test=test,
+        val=None,
+        features={},
+        format="generated",
+        notes=(),
+    )
 
 
 def timed(work: Callable[[], Any], device: torch.device) -> float:
@@ -422,7 +461,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--epochs", type=int, default=5, help="epochs of both sides")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--steps", type=int, help="end every epoch after n steps, on both sides")
+    parser.add_argument("--repeats", type=int, default=3, help="of evaluations and requests")
     parser.add_argument("--eval-users", type=int, help="time evaluation on the first n test users")
     parser.add_argument("--request", action="store_true", help="UnlearnRec against retraining")
     parser.add_argument("--share", type=float, default=0.05, help="edges of the request")
@@ -455,6 +495,9 @@ def main() -> None:
         found["peak_mib"] = peaks
         tested = len(np.unique(table.test[0]))
         said = tested if given.eval_users is None else min(given.eval_users, tested)
+        steps = -(-drawn(table, given) // BATCH)
+        whole = -(-len(table.train[0]) // BATCH)
+        print(f"epochs: {given.epochs}, each {steps} of its {whole} steps")
         print(f"evaluation: first {said} of {tested} test users; quality: all of them")
         print(f"{'':20s} {'plain':>12s} {'ours':>12s} {'ratio':>8s}")
         for key, values in found.items():

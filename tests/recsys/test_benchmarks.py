@@ -153,6 +153,25 @@ def test_a_run_ends_to_end(tmp_path: Path, folder: Path) -> None:
     assert set(made.attacks) == {"recsys/membership", "recsys/reconstruct", "relearn"}
 
 
+def test_the_mini_world_is_worth_measuring(tmp_path: Path) -> None:
+    words = ["benchmark=recsys/unlearnrec", "data=mini", "attack=none", "runtime.progress=false"]
+    pipeline = Pipeline(tmp_path / "runs", Cache(tmp_path / "cache"))
+    made = pipeline.run(plan([*words, "method=grad_diff"]))
+    assert made.mini
+    original = pipeline.run(plan([*words, "method=original"]))
+
+    def value(name: str) -> float:
+        return original.metrics[name].value
+
+    assert value("recall@20/test") > 1.5 * value("popularity/recall@20")
+    assert value("gap/membership") > 70, "it has memorised what it is to forget"
+    reference = original.metrics["gap/membership"].reference
+    assert reference is not None and 45 < reference < 55, "which retraining has not"
+    assert made.metrics["gap/average"].value < 0.5 * value("gap/average")
+    kept = made.metrics["recall@20/test"]
+    assert kept.reference is not None and kept.value > 0.9 * kept.reference
+
+
 def test_bad_folders(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such folder"):
         opened(tmp_path, tmp_path / "nothing")

@@ -26,6 +26,7 @@ from mmforget.record import (
 from mmforget.recsys import report
 from mmforget.recsys.backbones.mf import MatrixFactorisation
 from mmforget.report import page
+from mmforget.report.collect import collect
 from mmforget.types import ModelView, Trial
 from tests.recsys.world import make_world
 
@@ -268,7 +269,7 @@ def test_zero_times_give_no_time_section(tmp_path: Path) -> None:
 
 def test_a_method_that_blows_up_does_not_set_the_axis(tmp_path: Path) -> None:
     runs = [make_run(tmp_path, method) for method in ("original", "retrain", "grad_ascent")]
-    shown = [(row, report._stored(row)) for row in report.collect(runs)[0].rows]
+    shown = [(row, report._stored(row)) for row in collect(runs)[0].rows]
     low, high = report._limits(shown)
     pinned = np.concatenate([part for _, scores in shown[:2] for part in scores.values()])
     span = np.ptp(np.quantile(pinned, [0.002, 0.998]))
