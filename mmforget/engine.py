@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -176,9 +176,20 @@ class Engine:
 
         Each process draws its own numbers.
         """
+        number = derive(seed, *stream, self.rank)
+        if (
+            self.device.type == "cpu"
+        ):  # torch.manual_seed visits every backend, which is slow
+            state = torch.get_rng_state()
+            torch.default_generator.manual_seed(number)
+            try:
+                yield
+            finally:
+                torch.set_rng_state(state)
+            return
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(derive(seed, *stream, self.rank))
+            torch.manual_seed(number)
             yield
 
     def prepare(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
@@ -233,7 +244,6 @@ class Engine:
         """
         count = accumulation or self.runtime.accumulation
         micro: list[dict[str, Batch]] = [{} for _ in range(count)]
-        prepared: dict[str, list[tuple[int, Any]]] = {}
         for split, (dataset, indices) in parts.items():
             if not indices:
                 continue
@@ -246,10 +256,9 @@ class Engine:
                 if taken is None:
                     taken = dataset.take([indices[r] for r in rows])
                 data = self.widen(adapter.prepare(taken, draw("prepare", rows=rows), train))
-                prepared.setdefault(split, []).append((m, data))
                 micro[m][split] = Batch(
                     split=split,
-                    ids=[dataset.ids[indices[r]] for r in rows],
+                    ids=_Chosen(dataset.ids, [indices[r] for r in rows]),
                     data=data,
                     units=adapter.units(data),
                     total=len(indices),
@@ -333,6 +342,26 @@ class Engine:
         }
         found["ids"] = np.array(list(dataset.ids), dtype=np.str_)
         return found
+
+
+class _Chosen(Sequence[str]):
+    """Ids of a batch, looked up when asked for: few methods look, and a batch may be large."""
+
+    def __init__(self, ids: Sequence[str], rows: Sequence[int]) -> None:
+        self._ids = ids
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[str]: ...
+    def __getitem__(self, index: int | slice) -> str | Sequence[str]:
+        if isinstance(index, slice):
+            return _Chosen(self._ids, self._rows[index])
+        return self._ids[self._rows[index]]
 
 
 def ahead(dataset: Dataset, chunks: Sequence[Sequence[int]]) -> Iterator[Any]:

@@ -46,6 +46,8 @@ class Draws:
     ) -> None:
         self.generator = generator(seed, *stream)
         self.total = total
+        if isinstance(rows, range):  # indexing by a slice copies nothing
+            rows = slice(rows.start, rows.stop, rows.step)
         self.rows = slice(None) if rows is None else rows
         self.device = torch.device(device)
 

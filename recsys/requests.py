@@ -136,7 +136,7 @@ def places(pairs: tuple[Ints, Ints], train: Interactions) -> Ints:
     keys = train.user * train.items + train.item
     order = np.argsort(keys)
     wanted = user * train.items + item
-    place = order[np.searchsorted(keys[order], wanted).clip(max=len(keys) - 1)]
+    place: Ints = order[np.searchsorted(keys[order], wanted).clip(max=len(keys) - 1)]
     inside = (user >= 0) & (item >= 0) & (item < train.items)
     missing = ~(inside & (keys[place] == wanted))
     if missing.any():
