@@ -177,9 +177,7 @@ class Engine:
         Each process draws its own numbers.
         """
         number = derive(seed, *stream, self.rank)
-        if (
-            self.device.type == "cpu"
-        ):  # torch.manual_seed visits every backend, which is slow
+        if self.device.type == "cpu":  # torch.manual_seed visits every backend, which is slow
             state = torch.get_rng_state()
             torch.default_generator.manual_seed(number)
             try:
