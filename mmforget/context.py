@@ -158,6 +158,18 @@ class Context:
         assert self._train is not None, "this context was made without a trainer"
         return self._train(model, dataset, seed, state)
 
+    def within(self, model: nn.Module, data: Dataset) -> "Context":
+        """Return the context of an optimisation inside this one: another model, `retain` = data."""
+        return Context(
+            engine=self.engine,
+            adapter=self.adapter,
+            model=model,
+            splits=Splits(forget=data, retain=data, train=data, holdout=data, test=data),
+            reads=frozenset({"retain"}),
+            label=self.label,
+            seed=self.seed,
+        )
+
     def batches(
         self, split: str, batch_size: int, *, train: bool = False, shuffle: bool = False
     ) -> Iterator[Batch]:

@@ -1,5 +1,6 @@
 """What every recommender is: a graph with kept edges, and one final vector a node."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
@@ -14,7 +15,7 @@ Made = TypeVar("Made")
 L2_FORMS = ("half_squared", "norm", "final_half_squared", "mean_squares", "all_parameters")
 
 
-class Recommender(nn.Module):
+class Recommender(nn.Module, ABC):
     """Scores a pair by the inner product of the final vectors of its two nodes.
 
     A subclass has parameters and writes `table`; where only some rows are needed and that is
@@ -38,9 +39,9 @@ class Recommender(nn.Module):
         self.register_buffer("kept", torch.ones(len(graph), dtype=torch.bool))
         self._made: dict[str, tuple[Any, Any]] = {}
 
+    @abstractmethod
     def table(self) -> Tensor:
         """Return the final vectors of all nodes, users first, [N, d]; differentiable."""
-        raise NotImplementedError
 
     def forward(self, nodes: Tensor) -> Tensor:
         """Return the final vectors of some nodes (with repeats), [M] -> [M, d]; differentiable."""

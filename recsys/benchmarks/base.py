@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-import shutil
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -12,14 +11,13 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 import torch
-from filelock import FileLock
 from torch import Tensor, nn
 
 from mmforget.checkpoint import fit_state, read_state, state_sha
 from mmforget.engine import Engine
-from mmforget.errors import ConfigError, DataError, SplitError
+from mmforget.errors import SplitError
 from mmforget.options import option
-from mmforget.record import MetricValue, RunResult, disk_error
+from mmforget.record import MetricValue, RunResult
 from mmforget.recsys import mini, report
 from mmforget.recsys.adapter import RankingAdapter
 from mmforget.recsys.backbones.base import Recommender
@@ -31,6 +29,7 @@ from mmforget.recsys.graph import Graph
 from mmforget.recsys.training import Ranking
 from mmforget.report.section import Section
 from mmforget.rng import derive
+from mmforget.sources import local_folder, mini_world
 from mmforget.training import fit
 from mmforget.types import Benchmark, Dataset, Splits, Training, Trial
 
@@ -331,32 +330,10 @@ class RecommenderBenchmark(Benchmark):
         fit_state(model, state, path)
 
     def _table(self) -> Table:
-        if self.data.source == "local":
-            if self.data.root is None:
-                raise ConfigError(
-                    f"data.source=local needs data.root: a folder of {self.name} in a published "
-                    f"layout"
-                )
-            root = Path(self.data.root).expanduser()
-            if not root.is_dir():
-                raise DataError(f"data.root={root}: there is no such folder")
+        data = self.data
+        if data.source == "local":
+            root = local_folder(data.root, self.name)
         else:
-            root = self._mini_world()
-        return read_table(root, self.data.format, self.data.test_fraction, self.data.split_seed)
-
-    def _mini_world(self) -> Path:
-        folder = self.store / "mini" / f"{self.mini_name}-v{mini.VERSION}-s{self.data.seed}"
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_name(f"{folder.name}.lock")):
-            if folder.is_dir():
-                return folder
-            temporary = folder.with_name(f".{folder.name}.part")
-            shutil.rmtree(temporary, ignore_errors=True)
-            try:
-                self.write_mini(temporary, self.data.seed)
-                temporary.rename(folder)
-            except OSError as error:
-                raise disk_error(error, folder) from error
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
-        return folder
+            world = f"{self.mini_name}-v{mini.VERSION}-s{data.seed}"
+            root = mini_world(self.store / "mini" / world, self.write_mini, data.seed)
+        return read_table(root, data.format, data.test_fraction, data.split_seed)

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +23,7 @@ from mmforget.recsys.methods.shards import fresh_shard, pairs_of, train_shard
 from mmforget.recsys.partition import balanced_kmeans, by_interactions, first_centroids, hashed
 from mmforget.rng import Draws, derive, generator
 from mmforget.training import optimise
-from mmforget.types import Batch, Pass, Splits, Training, UnlearningMethod
+from mmforget.types import Batch, Pass, Training, UnlearningMethod
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +136,7 @@ class RecEraser(UnlearningMethod[RecEraserConfig]):
         work = Aggregation(config)
         work.resume = None if self.resume is None else self.resume / "aggregation"
         aggregated = Aggregated(model, users, items, attention)
-        optimise(_inner(ctx, aggregated, retain), work)
+        optimise(ctx.within(aggregated, retain), work)
         written = ctx.scope("users|items")
         with torch.no_grad():
             found = aggregated.tables()
@@ -365,16 +365,3 @@ def tables_of(model: Recommender) -> tuple[nn.Parameter, nn.Parameter]:
             f"lightgcl; sisa works for every backbone"
         )
     return named["users"], named["items"]
-
-
-def _inner(ctx: Context, model: nn.Module, data: Any) -> Context:
-    """Return the context of an optimisation within this one: another model, one split."""
-    return Context(
-        engine=ctx.engine,
-        adapter=ctx.adapter,
-        model=model,
-        splits=Splits(forget=data, retain=data, train=data, holdout=data, test=data),
-        reads=frozenset({"retain"}),
-        label=ctx.label,
-        seed=ctx.seed,
-    )

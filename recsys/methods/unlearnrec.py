@@ -28,7 +28,7 @@ from mmforget.recsys.influence_encoder import (
 )
 from mmforget.rng import Draws, generator
 from mmforget.training import optimise
-from mmforget.types import Batch, Pass, Splits, Training, UnlearningMethod
+from mmforget.types import Batch, Pass, Training, UnlearningMethod
 
 T = TypeVar("T")
 
@@ -132,7 +132,7 @@ class UnlearnRec(UnlearningMethod[UnlearnRecConfig]):
         work = Pretraining(self.config, model, final, simulated)
         work.resume = self.resume
         encoder = make_encoder(self.config, free, final)
-        found = optimise(_inner(ctx, encoder, simulated), work)
+        found = optimise(ctx.within(encoder, simulated), work)
         return {**{k: v.detach() for k, v in found.state_dict().items()}, "final": final}
 
     def run(self, ctx: Context) -> nn.Module:
@@ -151,7 +151,7 @@ class UnlearnRec(UnlearningMethod[UnlearnRecConfig]):
             work = Finetuning(self.config, model, final, edges)
             work.resume = self.resume
             start = Tuned(free, change, encoder.mlp, self.config.mlp_layers)
-            table = optimise(_inner(ctx, start, ctx.split("retain")), work)().detach()
+            table = optimise(ctx.within(start, ctx.split("retain")), work)().detach()
         with torch.no_grad():
             first = model.graph.users
             ctx.trainable["users"].copy_(table[:first])
@@ -595,16 +595,3 @@ class _Call(nn.Module):
 
     def forward(self) -> Any:
         return self.compute(self.model)
-
-
-def _inner(ctx: Context, model: nn.Module, data: Any) -> Context:
-    """Return the context of an optimisation within this one: another model, one split."""
-    return Context(
-        engine=ctx.engine,
-        adapter=ctx.adapter,
-        model=model,
-        splits=Splits(forget=data, retain=data, train=data, holdout=data, test=data),
-        reads=frozenset({"retain"}),
-        label=ctx.label,
-        seed=ctx.seed,
-    )

@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-import shutil
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -11,15 +10,15 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
-from filelock import FileLock
 from torch import nn
 
 from mmforget.checkpoint import state_sha
 from mmforget.errors import ConfigError, DataError, MissingDependencyError, SplitError, unknown
 from mmforget.options import option
-from mmforget.record import MetricValue, RunResult, disk_error
+from mmforget.record import MetricValue, RunResult
 from mmforget.report.section import Section
 from mmforget.rng import generator
+from mmforget.sources import local_folder, mini_world
 from mmforget.types import Benchmark, Splits, Subset, Trial
 from mmforget.vision import gallery, mini
 from mmforget.vision.adapter import FaceAdapter
@@ -209,33 +208,9 @@ class FaceBenchmark(Benchmark):
         if self.data.source == "hub":
             return download(self.data.repo or self.published_repo, self.data.revision, self.name)
         if self.data.source == "local":
-            if self.data.root is None:
-                raise ConfigError(
-                    f"data.source=local needs data.root: the folder of {self.name} in its "
-                    f"published layout"
-                )
-            root = Path(self.data.root).expanduser()
-            if not root.is_dir():
-                raise DataError(f"data.root={root}: there is no such folder")
-            return root
-        return self._mini_world()
-
-    def _mini_world(self) -> Path:
-        folder = self.store / "mini" / f"{self.mini_name}-v{mini.VERSION}-s{self.data.seed}"
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_name(f"{folder.name}.lock")):
-            if folder.is_dir():
-                return folder
-            temporary = folder.with_name(f".{folder.name}.part")
-            shutil.rmtree(temporary, ignore_errors=True)
-            try:
-                self.write_mini(temporary, self.data.seed)
-                temporary.rename(folder)
-            except OSError as error:
-                raise disk_error(error, folder) from error
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
-        return folder
+            return local_folder(self.data.root, self.name)
+        world = f"{self.mini_name}-v{mini.VERSION}-s{self.data.seed}"
+        return mini_world(self.store / "mini" / world, self.write_mini, self.data.seed)
 
 
 def download(repo: str | None, revision: str | None, benchmark: str) -> Path:
