@@ -27,6 +27,7 @@ class Context:
         fresh_model: Returns a freshly initialised model for a seed.
         retrain: Returns the model trained from scratch on the retain set, for a seed.
         train: Trains a model on a data set by the benchmark's recipe: `Benchmark.train`.
+        target: What the request means to methods of its modality; see `types.Stage`.
 
     Attributes:
         phase: Name of the running pass (`Pass.name`).
@@ -50,6 +51,7 @@ class Context:
         fresh_model: Callable[[int], nn.Module] | None = None,
         retrain: Callable[[int | None], nn.Module] | None = None,
         train: Callable[[nn.Module, Dataset, int, Path | None], nn.Module] | None = None,
+        target: Any = None,
     ) -> None:
         self.engine = engine
         self.adapter = adapter
@@ -67,6 +69,7 @@ class Context:
         self._splits = splits
         self._reads = reads
         self.label = label
+        self.target = target
         self._fresh_model = fresh_model
         self._retrain = retrain
         self._train = train
@@ -168,6 +171,7 @@ class Context:
             reads=frozenset({"retain"}),
             label=self.label,
             seed=self.seed,
+            target=self.target,
         )
 
     def batches(

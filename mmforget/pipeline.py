@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 from torch import nn
 
 from mmforget.cache import Cache, canonical
-from mmforget.checkpoint import save_model, state_sha
+from mmforget.checkpoint import state_sha
 from mmforget.config import Plan, from_mapping
 from mmforget.engine import Engine
 from mmforget.environment import environment
@@ -40,8 +40,8 @@ from mmforget.record import (
     write_text,
 )
 from mmforget.registry import ATTACKS, METRICS
-from mmforget.types import Trial
-from mmforget.workbench import Bench, TrialLab, Workbench, ids_sha
+from mmforget.types import ModelView, Trial
+from mmforget.workbench import Bench, Steps, TrialLab, Workbench, ids_sha
 
 logger = logging.getLogger(__name__)
 
@@ -121,8 +121,12 @@ class Pipeline:
         Raises:
             CheckpointError: It is no checkpoint of the plan's model.
         """
-        bench = self.workbench(plan).bench(plan)
-        model = bench.benchmark.rebuild(checkpoint)  # first: it may not fit
+        workbench = self.workbench(plan)
+        bench = workbench.bench(plan)
+        original, _, _ = workbench.trained(
+            bench, plan, bench.splits.train, plan.seeds.train, "original"
+        )
+        model = bench.benchmark.rebuild(checkpoint, original)  # first: it may not fit
         parents = {"original": self.run(plan.with_method("original"))}
         if plan.reference:
             parents["retrained"] = self.run(plan.with_method("retrain"))
@@ -195,6 +199,7 @@ class Pipeline:
         if engine.is_main:
             if first <= STAGES.index("unlearn") or row == self.fresh:
                 shutil.rmtree(place.folder / "stages", ignore_errors=True)
+                shutil.rmtree(place.folder / "steps", ignore_errors=True)
             for path in (place.folder / "stages").glob("*.json"):
                 stage = path.stem.partition(".")[0]
                 if STAGES.index(stage) >= first:
@@ -308,16 +313,18 @@ class _Runner:
                     bench.splits,
                     plan.seeds.unlearn,
                     self.place.folder / "state",
+                    Steps(self.place.folder, bench.benchmark),
                 )
         self.model = model
         if self.engine.is_main:
-            save_model(model, self.place.folder / "model.safetensors")
+            bench.benchmark.save(model, self.place.folder, original)
         return {"cost": asdict(cost), "original_key": key}
 
     def _evaluate(self) -> dict[str, Any]:
         trial = self._trial()
-        numbers = {name: trial.view.numbers(name) for name in self.bench.splits.names()}
-        known = set(next(iter(numbers.values())))
+        observed = self.bench.benchmark.observed(self.bench.splits)
+        numbers = {name: trial.view.numbers(name) for name in observed}
+        known = set(next(iter(numbers.values()))) if numbers else set()
         metrics: dict[str, MetricValue] = {}
         notes = []
         for name in self.plan.metrics:
@@ -366,11 +373,12 @@ class _Runner:
             self.keys["retrained_model"] = retrain_key
         self.keys["original_model"] = key
         if self.model is None:
-            made = bench.benchmark.rebuild(self.place.folder / "model.safetensors")
+            made = bench.benchmark.rebuild(self.place.folder / "model.safetensors", original)
             self.model = self.engine.place(made).eval()
         name = f"{self.place.id}/{state_sha(self.model)}"
+        view = workbench.view(bench, self.model, seed, name)
         return Trial(
-            view=workbench.view(bench, self.model, seed, name),
+            view=view,
             original=before,
             retrained=retrained,
             splits=bench.splits,
@@ -379,7 +387,23 @@ class _Runner:
             cost_reference=retrain_cost,
             benchmark=bench.benchmark,
             lab=TrialLab(workbench, bench, plan),
+            steps=self._steps(original, view),
         )
+
+    def _steps(self, original: nn.Module, last: ModelView) -> list[ModelView]:
+        """Return views of the model after each stage of a sequence; none if there was only one."""
+        bench, workbench = self.bench, self.workbench
+        count = len(bench.benchmark.stages(bench.splits))
+        if count == 1 or self.plan.method in ROWS or self.external is not None:
+            return []
+        kept, views = Steps(self.place.folder, bench.benchmark), []
+        for k in range(count - 1):
+            found = kept.load(k, original)
+            assert found is not None, "the unlearn stage kept every step before it was marked"
+            name = f"{self.place.id}/step{k}"
+            model = self.engine.place(found).eval()
+            views.append(workbench.view(bench, model, self.plan.seeds.evaluate, name))
+        return [*views, last]
 
     def _mark(self, stage: str) -> dict[str, Any]:
         path = self.place.mark(stage)

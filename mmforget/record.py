@@ -103,6 +103,18 @@ class Cost:
     trainable: int = 0
     prepare_s: float = 0.0
 
+    def __add__(self, other: "Cost") -> "Cost":
+        """Return the cost of serving one request after another; what was prepared is shared."""
+        return Cost(
+            wall_s=self.wall_s + other.wall_s,
+            device_s=self.device_s + other.device_s,
+            peak_bytes=max(self.peak_bytes, other.peak_bytes),
+            steps=self.steps + other.steps,
+            examples_seen=self.examples_seen + other.examples_seen,
+            trainable=max(self.trainable, other.trainable),
+            prepare_s=max(self.prepare_s, other.prepare_s),
+        )
+
 
 @dataclass(frozen=True)
 class Seeds:

@@ -28,7 +28,19 @@ C = TypeVar("C", bound=type)
 MODALITIES = ("vision", "diffusion", "vlm", "recsys")
 
 # Optional packages, and the extra that brings each: names the extra when an import fails.
-EXTRAS = {"timm": "vision", "torchvision": "vision", "PIL": "vision", "imagehash": "vision"}
+EXTRAS = {
+    "diffusers": "diffusion",
+    "imagehash": "vision",
+    "lpips": "diffusion",
+    "nudenet": "diffusion",
+    "open_clip": "diffusion",
+    "peft": "diffusion",
+    "PIL": "vision",
+    "pyarrow": "diffusion",
+    "timm": "vision",
+    "torchvision": "vision",
+    "transformers": "diffusion",
+}
 
 
 class Registry(Generic[T]):

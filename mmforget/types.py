@@ -239,6 +239,22 @@ class Splits:
 
 
 @dataclass(frozen=True)
+class Stage:
+    """One of the requests that are served one after the other; most benchmarks have a single one.
+
+    Attributes:
+        splits: What this stage forgets, and what it keeps: nothing that an earlier one forgot.
+        target: What the request means to methods of its modality (concepts to erase, and what
+            stands for them), which read it as `ctx.target`; None where the splits say it all.
+        name: For reports.
+    """
+
+    splits: Splits
+    target: Any = None
+    name: str = ""
+
+
+@dataclass(frozen=True)
 class Batch:
     """The part of one effective batch that this process and micro-batch hold.
 
@@ -409,10 +425,40 @@ class Benchmark(ABC):
 
         return fit(engine, model, self.adapter, data, self.training, seed, state)
 
-    def rebuild(self, path: Path) -> nn.Module:
-        """Return the model that a checkpoint holds: a built one with its weights.
+    def stages(self, splits: Splits) -> Sequence[Stage]:
+        """Return what a method is run on, one after the other, each from the last one's result.
+
+        Args:
+            splits: The benchmark's own, or those of a shadow experiment.
+        """
+        return (Stage(splits),)
+
+    def observed(self, splits: Splits) -> Sequence[str]:
+        """Return the splits whose per-example numbers are recorded with every run."""
+        return splits.names()
+
+    def save(self, model: nn.Module, folder: Path, start: nn.Module) -> None:
+        """Write an unlearned model as `folder/model.safetensors`, which `rebuild` reads.
+
+        To override where only what changed is worth keeping, or other tools read other files.
+
+        Args:
+            model: What a method returned.
+            folder: Where to.
+            start: The model it was unlearned from.
+        """
+        from mmforget.checkpoint import save_model
+
+        save_model(model, folder / "model.safetensors")
+
+    def rebuild(self, path: Path, start: nn.Module) -> nn.Module:
+        """Return the model that a checkpoint holds.
 
         To override where methods return models of another structure than `build` gives.
+
+        Args:
+            path: What `save` wrote, or a user's own file or folder.
+            start: The original model; it stays as it is.
 
         Raises:
             CheckpointError: It is no checkpoint of this benchmark's model.
@@ -584,6 +630,8 @@ class Trial:
         trainable: Parameters the method changed.
         benchmark: The benchmark, for what only it can compute.
         lab: Shadow models and the device.
+        steps: Views of the model after each stage of a sequence of requests, the last one being
+            `view`; empty where there is only one.
     """
 
     view: ModelView
@@ -595,6 +643,7 @@ class Trial:
     cost_reference: Cost | None
     benchmark: Benchmark
     lab: Lab
+    steps: Sequence[ModelView] = ()
 
 
 class Metric(ABC):

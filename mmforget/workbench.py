@@ -25,10 +25,19 @@ from mmforget.config import Plan
 from mmforget.context import Context
 from mmforget.engine import Engine
 from mmforget.errors import ResourceError
-from mmforget.record import Cost
+from mmforget.record import Cost, write_text
 from mmforget.registry import BENCHMARKS, METHODS
 from mmforget.rng import derive
-from mmforget.types import Adapter, Benchmark, Dataset, ModelView, Splits, UnlearningMethod, subset
+from mmforget.types import (
+    Adapter,
+    Benchmark,
+    Dataset,
+    ModelView,
+    Splits,
+    Stage,
+    UnlearningMethod,
+    subset,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +57,37 @@ class Bench:
     splits: Splits
     notes: tuple[str, ...]
     fingerprint: Mapping[str, Any]
+
+
+class Steps:
+    """Results of a sequence of requests, all but the last, in a run's folder.
+
+    Args:
+        folder: The run's folder.
+        benchmark: Saves and rebuilds models.
+    """
+
+    def __init__(self, folder: Path, benchmark: Benchmark) -> None:
+        self.folder = folder / "steps"
+        self.benchmark = benchmark
+
+    def save(self, k: int, model: nn.Module, start: nn.Module, cost: Cost) -> None:
+        """Keep the model after stage k; its cost is written last and marks it whole."""
+        place = self.folder / str(k)
+        place.mkdir(parents=True, exist_ok=True)
+        self.benchmark.save(model, place, start)
+        write_text(place / "cost.json", json.dumps(asdict(cost)))
+
+    def load(self, k: int, start: nn.Module) -> nn.Module | None:
+        """Return the model after stage k, or None if it is not there."""
+        place = self.folder / str(k)
+        if not (place / "cost.json").is_file():
+            return None
+        return self.benchmark.rebuild(place / "model.safetensors", start)
+
+    def cost(self, k: int) -> Cost:
+        """Return what stage k cost."""
+        return Cost(**json.loads((self.folder / str(k) / "cost.json").read_text()))
 
 
 class Workbench:
@@ -105,6 +145,9 @@ class Workbench:
         """
         inputs = self.model_inputs(bench, plan, data, seed)
         engine, benchmark = self.engine, bench.benchmark
+        if benchmark.training.epochs == 0:  # used as it is: a copy in the cache serves nobody
+            model = engine.place(benchmark.build(derive(seed, "init")))
+            return model.eval(), Cost(), key_of(inputs)
         if label in self.anew and engine.is_main and key_of(inputs) not in self._made_anew:
             self._made_anew.add(key_of(inputs))
             self.cache.discard(MODELS, inputs)
@@ -165,21 +208,63 @@ class Workbench:
         splits: Splits,
         seed: int,
         resume: Path | None,
+        kept: "Steps | None" = None,
     ) -> tuple[nn.Module, Cost]:
         """Run the plan's method on a copy of `model`; return the result and its cost.
+
+        Requests that come in stages are served one after the other, each from the last result.
+
+        Args:
+            bench: The benchmark.
+            plan: Names the method.
+            model: The model to start from.
+            splits: What to forget and what to keep.
+            seed: The unlearning seed.
+            resume: Folder of step checkpoints; None: none.
+            kept: Where the results of stages but the last are kept; None: nowhere.
 
         Raises:
             CollapsedError: The loss became NaN or infinite.
             ResourceError: Out of memory; the message names the knobs.
         """
-        engine = self.engine
+        stages = bench.benchmark.stages(splits)
+        if METHODS.get(plan.method).intent == "reference":
+            stages = stages[-1:]  # what was never trained on needs no request before it
+        made, total = model, Cost()
+        for k, stage in enumerate(stages):
+            last = k + 1 == len(stages)
+            found = None if last or kept is None else kept.load(k, model)
+            if found is not None:
+                made, cost = self.engine.place(found).eval(), kept.cost(k) if kept else Cost()
+            else:
+                state = resume if resume is None or len(stages) == 1 else resume / f"stage{k}"
+                made, cost = self._serve(bench, plan, made, stage, seed, state, model, splits)
+                if not last and kept is not None and self.engine.is_main:
+                    kept.save(k, made, model, cost)
+                self.engine.barrier()
+            total = total + cost
+        return made, total
+
+    def _serve(
+        self,
+        bench: Bench,
+        plan: Plan,
+        model: nn.Module,
+        stage: Stage,
+        seed: int,
+        resume: Path | None,
+        original: nn.Module,
+        every: Splits,
+    ) -> tuple[nn.Module, Cost]:
+        """Run the plan's method on a copy of `model` for one stage; return result and cost."""
+        engine, splits = self.engine, stage.splits
         cls: type[UnlearningMethod[Any]] = METHODS.get(plan.method)
         method = cls(plan.sections["method"])
         method.resume = resume
         reference: list[Cost] = []
         prepare_s = 0.0
         if method.prepares:
-            method.prepared, prepare_s = self._prepared(bench, plan, method, model, splits, seed)
+            method.prepared, prepare_s = self._prepared(bench, plan, method, original, every, seed)
 
         def retrain(chosen: int | None) -> nn.Module:
             train_seed = plan.seeds.train if chosen is None else chosen
@@ -205,6 +290,7 @@ class Workbench:
             fresh_model=fresh,
             retrain=retrain,
             train=partial(bench.benchmark.train, engine),
+            target=stage.target,
         )
         with engine.metered() as meter, _memory_hint():
             made = method.run(ctx).eval()
@@ -326,10 +412,10 @@ class TrialLab:
                 if place is not None:
                     payload = place.scratch / "payload"
                     payload.mkdir(parents=True, exist_ok=True)
-                    save_model(made, payload / "model.safetensors")
+                    self.bench.benchmark.save(made, payload, model)
                     place.commit()
             engine.barrier()
-        result = self.bench.benchmark.rebuild(path / "model.safetensors")
+        result = self.bench.benchmark.rebuild(path / "model.safetensors", model)
         return engine.place(result).eval()
 
 

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmforget.context import Context
 from mmforget.methods.base import Wrapper
 from mmforget.options import option
+from mmforget.types import Batch
 
 
 @dataclass(frozen=True)
@@ -43,13 +44,22 @@ class SalUn(Wrapper[SalUnConfig]):
     def setup(self, ctx: Context) -> None:
         """Set up the inner method; choose the weights, the model in evaluation mode."""
         super().setup(ctx)
-        weights = list(ctx.trainable.values())
+        weights, ranked = list(ctx.trainable.values()), self.ranked(ctx)
         self.start = [weight.detach().clone() for weight in weights]
-        saliency = [torch.zeros_like(weight) for weight in weights]
+        saliency = [torch.zeros_like(weight) for weight in ranked]
         for batch in ctx.batches("forget", self.config.mask_batch_size):
-            value = ctx.unit_mean(ctx.forward(batch).loss, batch)
-            torch._foreach_add_(saliency, ctx.gradients(value, weights))
-        self.masks = largest(saliency, self.config.ratio)
+            torch._foreach_add_(saliency, ctx.gradients(self.objective(ctx, batch), ranked))
+        masks = largest(saliency, self.config.ratio)
+        of = {id(weight): mask for weight, mask in zip(ranked, masks, strict=True)}
+        self.masks = [of[id(weight)] for weight in weights]
+
+    def ranked(self, ctx: Context) -> list[nn.Parameter]:
+        """Return the weights that one ranking runs over; the trained ones are among them."""
+        return list(ctx.trainable.values())
+
+    def objective(self, ctx: Context, batch: Batch) -> Tensor:
+        """Return what the saliency is the gradient of, scalar, for a batch of the forget set."""
+        return ctx.unit_mean(ctx.forward(batch).loss, batch)
 
     def after_backward(self, ctx: Context) -> None:
         """Drop the gradient of weights that must not change."""

@@ -201,7 +201,7 @@ class RecommenderBenchmark(Benchmark):
             self._load(model, Path(self.model.checkpoint).expanduser(), every)
         return model
 
-    def rebuild(self, path: Path) -> nn.Module:
+    def rebuild(self, path: Path, start: nn.Module) -> nn.Module:
         """Return the model of a checkpoint: a plain one, or shards whose scores are averaged.
 
         Checkpoints of other code bases hold no graph: the forgotten pairs are then taken out of it.

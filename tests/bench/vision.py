@@ -26,12 +26,13 @@ from torchvision.models import resnet18
 
 from mmforget.context import Context
 from mmforget.engine import Engine, Runtime, epoch_order
+from mmforget.images import ImageFile, open_images
 from mmforget.methods.finetune import Finetune, FinetuneConfig
 from mmforget.rng import Draws, generator
 from mmforget.training import optimise
 from mmforget.types import Splits
 from mmforget.vision.adapter import FaceAdapter
-from mmforget.vision.images import ImageData, ImageFile, open_images
+from mmforget.vision.images import ImageData
 
 SIZE, BATCH, CLASSES = 128, 64, 8
 

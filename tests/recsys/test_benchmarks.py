@@ -132,14 +132,14 @@ def test_checkpoints_come_back_with_their_graph(tmp_path: Path, folder: Path) ->
     model, _, key = workbench.trained(bench, recipe, bench.splits.retain, 0, "retrained")
     assert isinstance(model, Recommender)
     path = next((tmp_path / "cache").rglob(f"{key}*/model.safetensors"))
-    again = bench.benchmark.rebuild(path)
+    again = bench.benchmark.rebuild(path, model)
     assert isinstance(again, Recommender)
     assert torch.equal(again.final(), model.final()) and torch.equal(again.kept, model.kept)
     # gusye1234/LightGCN-PyTorch's names, without a graph: the forgotten pairs are taken out of it.
     state = {"embedding_user.weight": model.users, "embedding_item.weight": model.items}
     foreign = tmp_path / "lgn.pth.tar.pt"
     torch.save({name: value.detach() for name, value in state.items()}, foreign)
-    third = bench.benchmark.rebuild(foreign)
+    third = bench.benchmark.rebuild(foreign, model)
     assert isinstance(third, Recommender) and torch.equal(third.final(), model.final())
 
 

@@ -13,10 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
+from mmforget import images
 from mmforget.errors import ConfigError, DataError, SplitError
+from mmforget.images import ImageFile, open_images
 from mmforget.schema import instantiate
 from mmforget.types import Splits
-from mmforget.vision import images
 from mmforget.vision.benchmarks import faces, mucac, mufac
 from mmforget.vision.benchmarks.base import (
     DataConfig,
@@ -24,7 +25,6 @@ from mmforget.vision.benchmarks.base import (
     IdentityRequest,
     deduplicate,
 )
-from mmforget.vision.images import ImageFile, open_images
 from mmforget.vision.models import ModelConfig
 
 torch.set_num_threads(1)

@@ -10,10 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
+from mmforget.images import ImageTable
 from mmforget.record import Cost, RunResult, Seeds
 from mmforget.types import Dataset, ModelView, Splits, Trial
 from mmforget.vision import gallery
-from mmforget.vision.images import ImageData, ImageTable
+from mmforget.vision.images import ImageData
 
 
 def _data(count: int, labels: np.ndarray[Any, Any]) -> ImageData:

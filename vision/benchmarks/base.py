@@ -14,6 +14,7 @@ from torch import nn
 
 from mmforget.checkpoint import state_sha
 from mmforget.errors import ConfigError, DataError, MissingDependencyError, SplitError, unknown
+from mmforget.images import ImageFile, open_images
 from mmforget.options import option
 from mmforget.record import MetricValue, RunResult
 from mmforget.report.section import Section
@@ -22,7 +23,7 @@ from mmforget.sources import local_folder, mini_world
 from mmforget.types import Benchmark, Splits, Subset, Trial
 from mmforget.vision import gallery, mini
 from mmforget.vision.adapter import FaceAdapter
-from mmforget.vision.images import ImageData, ImageFile, open_images
+from mmforget.vision.images import ImageData
 from mmforget.vision.models import ModelConfig, build_model
 
 logger = logging.getLogger(__name__)

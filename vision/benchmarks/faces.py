@@ -9,12 +9,12 @@ from typing import ClassVar
 import torch
 
 from mmforget.errors import DataError, SplitError, unknown
+from mmforget.images import ImageFile
 from mmforget.options import option
 from mmforget.rng import generator
 from mmforget.types import Training
 from mmforget.vision import mini
 from mmforget.vision.benchmarks.base import SHOWN, FaceBenchmark, Row
-from mmforget.vision.images import ImageFile
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".pgm", ".bmp", ".webp")
 COLUMNS = ("image_path", "person")

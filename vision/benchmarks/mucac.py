@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import nn
 
 from mmforget.errors import DataError
+from mmforget.images import ImageFile
 from mmforget.options import option
 from mmforget.types import Dataset, Splits, Training
 from mmforget.vision import mini
@@ -21,7 +22,6 @@ from mmforget.vision.benchmarks.base import (
     hold_back,
     split_by_request,
 )
-from mmforget.vision.images import ImageFile
 
 if TYPE_CHECKING:
     from mmforget.engine import Engine

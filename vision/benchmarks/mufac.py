@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 from mmforget.errors import DataError, SplitError
+from mmforget.images import ImageFile
 from mmforget.options import option
 from mmforget.types import Training
 from mmforget.vision import mini
@@ -20,7 +21,6 @@ from mmforget.vision.benchmarks.base import (
     hold_back,
     split_by_request,
 )
-from mmforget.vision.images import ImageFile
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,193 @@
+"""What the benchmarks of text-to-image models share: pipelines, checkpoints, evaluation models."""
+
+import copy
+import logging
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from mmforget.checkpoint import state_sha
+from mmforget.diffusion import checkpoints
+from mmforget.diffusion.answers import Ordered
+from mmforget.diffusion.models import DiffusionModel, open_pipeline
+from mmforget.diffusion.noise import Sampling
+from mmforget.engine import Engine
+from mmforget.errors import ConfigError
+from mmforget.options import option
+from mmforget.rng import derive
+from mmforget.sources import mini_world
+from mmforget.types import Benchmark, Dataset, Splits
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which pipeline is trained, or taken as it is."""
+
+    name: str = option(
+        "mini",
+        "mini: a small pipeline trained here in minutes; pipeline: a folder or hub id",
+        choices=("mini", "pipeline"),
+    )
+    pipeline: str | None = option(None, "for name=pipeline: folder of save_pretrained, or hub id")
+    checkpoint: str | None = option(
+        None, "weights put into it: UNet or text-encoder file, CompVis .ckpt, LoRA, a result's file"
+    )
+    init: str = option(
+        "pretrained",
+        "where training starts: pretrained weights, or scratch (the mini: always scratch)",
+        choices=("pretrained", "scratch"),
+    )
+    dtype: str = option("float32", "weights when loaded", choices=tuple(DTYPES))
+
+
+@dataclass(frozen=True)
+class Judges:
+    """Weights of evaluation models. None is downloaded; a metric without its weights says so."""
+
+    style: str | None = option(None, "style classifier (UnlearnCanvas: style50.pth)")
+    object: str | None = option(None, "object classifier (UnlearnCanvas: style50_cls.pth)")
+    arch: str = option("vit_large_patch16_224.augreg_in21k", "timm name of both classifiers")
+    inception: str | None = option(None, "torchvision's inception_v3_google file, for FID and KID")
+    clip: str = option("ViT-L-14", "open_clip name, for CLIP score and CMMD")
+    clip_weights: str | None = option(None, "its weights")
+    lpips: str = option("alex", "LPIPS network", choices=("alex", "vgg", "squeeze"))
+    lpips_weights: str | None = option(None, "its backbone's torchvision weights")
+    q16: str | None = option(None, "Q16's two learned prompts, for inappropriate images")
+    resnet: str | None = option(None, "torchvision's resnet50 file, for ImageNette objects")
+    nudenet: float = option(0.6, "NudeNet 3.4.2: least score of a detection", low=0, high=1)
+
+
+class DiffusionBenchmark(Benchmark):
+    """A benchmark of a text-to-image pipeline.
+
+    A subclass reads data and requests; its config has `training`, `sampling: Sampling` and
+    `judges: Judges`.
+    """
+
+    model_type: ClassVar[type] = ModelConfig
+    allow_shared_content: ClassVar[bool] = True
+
+    @cached_property
+    def base(self) -> DiffusionModel:
+        """The pipeline as it is opened, before any training; copy it before changing it."""
+        made = open_pipeline(self._source(), DTYPES[self.model.dtype])
+        if self.model.checkpoint is not None:
+            checkpoints.load_into(Path(self.model.checkpoint).expanduser(), made)
+        return made if self.engine is None else _placed(self.engine, made)
+
+    @property
+    def sampling(self) -> Sampling:
+        """How images are generated."""
+        chosen: Sampling = self.config.sampling
+        return chosen
+
+    @abstractmethod
+    def image_sets(self) -> Mapping[str, Sequence[Ordered]]:
+        """Return the images that are generated of every model, in named groups.
+
+        `forget` are pictures of what was to be forgotten, `retain` those of what was to stay; a
+        benchmark may have more.
+        """
+
+    def related(self, model: DiffusionModel) -> set[str]:
+        """Return names of `retain` images whose concepts are nearest to the erased one.
+
+        Args:
+            model: The original, whose text encoder tells what is near.
+        """
+        return set()
+
+    @property
+    def judges(self) -> Judges:
+        """Where evaluation models come from."""
+        chosen: Judges = self.config.judges
+        return chosen
+
+    @property
+    def scratch(self) -> bool:
+        """Whether originals are trained from random weights."""
+        return bool(self.model.name == "mini" or self.model.init == "scratch")
+
+    def model_fingerprint(self) -> Mapping[str, Any]:
+        """Return what of the pipeline decides trained weights."""
+        return {
+            "pipeline": "scratch" if self.scratch else state_sha(self.base),
+            "config": {k: str(v) for k, v in sorted(self.base.denoiser.config.items())},
+            "codec": state_sha(self.base.vae),
+            "dtype": self.model.dtype,
+        }
+
+    def build(self, seed: int) -> nn.Module:
+        """Return a copy of the pipeline; from scratch: with weights drawn from the seed."""
+        made = copy.deepcopy(self.base)
+        if self.scratch:
+            reset(made, seed)
+        return made.train(False)
+
+    def train(
+        self, engine: Engine, model: nn.Module, data: Dataset, seed: int, state: Path | None
+    ) -> nn.Module:
+        """Train by the recipe; text encoders with scope `pipeline`, in float32 always."""
+        model.requires_grad_(True)
+        made = super().train(engine, model, data, seed, state)
+        return made.requires_grad_(False)
+
+    def observed(self, splits: Splits) -> Sequence[str]:
+        """Record losses of forgotten and unseen images: what membership attacks read."""
+        return ("forget", "holdout")
+
+    def save(self, model: nn.Module, folder: Path, start: nn.Module) -> None:
+        """Write what differs from the original; LoRA results also as a file for other tools."""
+        assert isinstance(model, DiffusionModel) and isinstance(start, DiffusionModel)
+        folder.mkdir(parents=True, exist_ok=True)
+        checkpoints.save(model, folder / "model.safetensors", start)
+        for edit in model.active_edits():
+            edit.export(folder)
+
+    def rebuild(self, path: Path, start: nn.Module) -> nn.Module:
+        """Return the original with a result's weights and edits; see `checkpoints.load`."""
+        assert isinstance(start, DiffusionModel)
+        return checkpoints.load(path, start)
+
+    def _source(self) -> str:
+        """Return the pipeline's folder or hub id; the mini one is made when first needed."""
+        if self.model.name == "pipeline":
+            if self.model.pipeline is None:
+                raise ConfigError(
+                    "model.name=pipeline needs model.pipeline: a folder written by "
+                    "save_pretrained, or a hub id"
+                )
+            return str(self.model.pipeline)
+        from mmforget.diffusion import mini
+
+        folder = self.store / "mini" / f"diffusion-pipeline-v{mini.VERSION}"
+        return str(mini_world(folder, mini.write_pipeline, 0))
+
+
+def reset(model: DiffusionModel, seed: int) -> None:
+    """Give denoiser and text encoders freshly drawn weights, as their libraries initialise them."""
+    with torch.random.fork_rng(devices=[]):
+        for name in (model.denoiser_name, *model.text_encoders):
+            old = getattr(model, name)
+            torch.manual_seed(derive(seed, name) % 2**63)
+            kind = type(old)
+            made = (
+                kind.from_config(old.config) if hasattr(kind, "from_config") else kind(old.config)
+            )
+            old.load_state_dict(made.state_dict())
+
+
+def _placed(engine: Engine, model: DiffusionModel) -> DiffusionModel:
+    placed = engine.place(model)
+    assert isinstance(placed, DiffusionModel)
+    return placed

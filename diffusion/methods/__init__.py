@@ -1,0 +1,1 @@
+"""Unlearning methods for text-to-image models."""
