@@ -27,6 +27,7 @@ test-all: install
 bench: install
 	$(BIN)/python -m tests.bench.vision
 	$(BIN)/python -m tests.bench.recsys
+	$(BIN)/python -m tests.bench.diffusion
 
 lint: install
 	$(BIN)/ruff check .

@@ -13,8 +13,9 @@ ENTRIES: dict[str, dict[str, str]] = {
     "methods": {
         "diffusion/esd": f"{_D}.methods.esd:ESD",
         "diffusion/uce": f"{_D}.methods.uce:UCE",
-        "diffusion/ca": f"{_D}.methods.ca:ConceptAblation",
+        "diffusion/ca": f"{_D}.methods.ca:CA",
         "diffusion/fmn": f"{_D}.methods.fmn:ForgetMeNot",
+        "diffusion/relabel": f"{_D}.methods.salun:Relabel",
         "diffusion/salun": f"{_D}.methods.salun:DiffusionSalUn",
         "diffusion/ediff": f"{_D}.methods.ediff:EraseDiff",
         "diffusion/shs": f"{_D}.methods.shs:ScissorHands",

@@ -83,7 +83,7 @@ class DiffusionAdapter:
             index = int(chosen[k] * len(texts)) if train else 0
             drop = train and dropped[k] < self.caption_dropout
             prompts.append("" if drop else texts[index])
-            anchors.append(others[min(index, len(others) - 1)] if others else "")
+            anchors.append("" if drop or not others else others[min(index, len(others) - 1)])
         weight = torch.ones(len(clean), device=clean.device)
         if train and self.snr_gamma is not None:
             weight = self.noising.snr_weight(t, self.snr_gamma)

@@ -10,6 +10,7 @@ from torch import Tensor
 from mmforget.diffusion.conditions import Conditions
 from mmforget.diffusion.models import DiffusionModel
 from mmforget.errors import ConfigError
+from mmforget.types import full
 
 FIRST = "text_encoder"
 
@@ -134,9 +135,7 @@ def adversarial_prefix(
         reference: As the published code does: gradients add up over the steps instead of being
             cleared, and the last step is not in the result.
     """
-    prefix = start.detach().float().clone().requires_grad_(True)
-    if start.dtype == torch.float64:
-        prefix = start.detach().clone().requires_grad_(True)
+    prefix = full(start.detach()).clone().requires_grad_(True)
     optimizer = torch.optim.Adam([prefix], lr=lr)
     positions = range(1, 1 + len(start))
     last = prefix.detach().clone()

@@ -53,7 +53,8 @@ def fingerprint(model: DiffusionModel, sampling: Sampling, negative: str = "") -
     """Return what, besides prompt and seed, decides a model's pictures, as JSON values."""
     settings = asdict(sampling)
     del settings["batch_size"]  # does not change pictures
-    return {
+    noising = {k: v for k, v in model.noising.config.items() if not k.startswith("_")}
+    made = {
         "version": VERSION,
         "model": state_sha(model),
         "codec": state_sha(model.vae),
@@ -62,10 +63,12 @@ def fingerprint(model: DiffusionModel, sampling: Sampling, negative: str = "") -
             for name, edit in zip(model.edits, model.active_edits(), strict=True)
         },
         "sampling": settings,
-        "scheduler": model.noising.name,
+        "scheduler": [model.noising.name, noising],
         "precision": str(model.dtype),
         "negative": negative,
     }
+    plain: dict[str, Any] = json.loads(json.dumps(made, default=str))  # as a manifest gives it back
+    return plain
 
 
 def place_of(store: Path, made: dict[str, Any]) -> Path:
@@ -104,8 +107,8 @@ def fill(
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f".{folder.name}.lock")):
         _claim(folder, made, orders)
-    todo = [order for order in orders if not (folder / order.name).is_file()]
-    todo = todo[share[0] :: share[1]]
+    own = {order.name: order for order in orders[share[0] :: share[1]]}
+    todo = [order for order in own.values() if not (folder / order.name).is_file()]
     count = 0
     with progress(label, len(todo), 0, share[0] == 0) as advance:
         images = [Image(order.prompt, order.seed) for order in todo]

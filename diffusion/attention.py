@@ -114,4 +114,4 @@ def recorded(
         yield maps
     finally:
         for name, layer in found.items():
-            layer.processor = before[name]  # type: ignore[assignment]
+            layer.processor = before[name]

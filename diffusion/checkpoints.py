@@ -91,13 +91,20 @@ def load_into(path: Path, model: DiffusionModel) -> None:
             raise CheckpointError(f"{path} is a {other.family} pipeline, the model {model.family}")
         _take(model, dict(other.state_dict()), path)
         return
-    for edit in _header(path).get("edits", []):
-        model.add_edit(edit["name"], build_edit(edit["kind"], edit["config"], model))
-    state = read_state(path)
-    if any("lora" in name for name in state):
-        _take_lora(model, path, state)
-        return
-    _take(model, _named(model, state, path), path)
+    added = []
+    try:
+        for edit in _header(path).get("edits", []):
+            model.add_edit(edit["name"], build_edit(edit["kind"], edit["config"], model))
+            added.append(edit["name"])
+        state = read_state(path)
+        if any("lora" in name for name in state):
+            _take_lora(model, path, state)
+        else:
+            _take(model, _named(model, state, path), path)
+    except CheckpointError:
+        for name in added:
+            model.remove_edit(name)
+        raise
 
 
 def _header(path: Path) -> dict[str, Any]:
@@ -118,8 +125,8 @@ def _named(model: DiffusionModel, state: dict[str, Tensor], path: Path) -> dict[
         return _from_compvis(model, state, path)
     named = {}
     for name, value in state.items():
-        text = f"text_encoder.{name}"
-        places = (name, prefix + name, text)
+        text = f"text_encoder.{name.removeprefix('text_model.')}"  # its prefix in older releases
+        places = (name, prefix + name, f"text_encoder.{name}", text)
         named[next((place for place in places if place in own), name)] = value
     return named
 

@@ -6,6 +6,7 @@ W' = W + Σ w·(v* - W·k)·kᵀ·A⁻¹, which leaves W exactly as it is where 
 cancel: v* and W·k are meant without them.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -47,13 +48,13 @@ class Ridge:
         self.lamb = lamb
         self._weight = weight
         self._keys = wide(keys)
-        self._rows = [self._keys * weight**0.5]
+        self._rows = [self._keys * math.sqrt(weight)]
         self._gram: Tensor | None = None
         self._inverse: Inverse | None = None
 
     def hold(self, keys: Tensor, weight: float) -> None:
         """Add equations that W fulfils already: inputs [m, d] whose outputs must stay."""
-        rows = wide(keys) * weight**0.5
+        rows = wide(keys) * math.sqrt(weight)
         self._inverse = None
         if self._gram is not None:
             self._gram.addmm_(rows.T, rows)
@@ -74,8 +75,7 @@ class Ridge:
             return self._weight * self.right(self._keys)
         stacked = torch.cat(self._rows)
         inverse = Inverse(stacked @ stacked.T, self.lamb)
-        solved = inverse.solve(stacked)[:count]
-        return solved * self._weight**0.5
+        return inverse.solve(stacked)[:count] * math.sqrt(self._weight)
 
     def right(self, rows: Tensor) -> Tensor:
         """Return rows·A⁻¹, float64 [m, d]."""
@@ -114,8 +114,9 @@ class Inverse:
         """Return the inverse times `right` [d, m]."""
         if self._factor is not None:
             solved: Tensor = torch.cholesky_solve(right, self._factor)
-            return solved
-        return self._vectors @ (self._scales[:, None] * (self._vectors.T @ right))
+        else:
+            solved = self._vectors @ (self._scales[:, None] * (self._vectors.T @ right))
+        return solved
 
 
 @torch.no_grad()
@@ -155,7 +156,8 @@ def projected(weight: Tensor, keys: Tensor, guides: Tensor, group: Tensor) -> Te
         group: Group of each row, int64 [n].
     """
     old = wide(weight)
-    images = keys @ (old.T @ old)
+    few = 2 * len(keys) < keys.shape[1]
+    images = (keys @ old.T) @ old if few else keys @ (old.T @ old)
     groups = int(group.max()) + 1
     inner = keys.new_zeros(groups).index_add_(0, group, (images * guides).sum(dim=1))
     square = keys.new_zeros(groups).index_add_(0, group, (images * keys).sum(dim=1))

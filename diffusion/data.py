@@ -56,7 +56,7 @@ class CaptionedLatents:
         """Return `moments` [B, 2C, h, w], `captions` and `anchors`."""
         rows = np.asarray(indices, dtype=np.int64)
         return {
-            "moments": torch.from_numpy(np.ascontiguousarray(self.moments[rows])),
+            "moments": torch.from_numpy(np.array(self.moments[rows])),
             "captions": [self.captions[i] for i in indices],
             "anchors": [self.anchors[i] for i in indices],
         }
@@ -103,7 +103,7 @@ def _encode(model: DiffusionModel, table: ImageTable, path: Path) -> None:
     count = len(table.pixels)
     with path.open("wb") as out, progress("encode images", count) as advance:
         for start in range(0, count, BATCH):
-            pixels = torch.from_numpy(np.ascontiguousarray(table.pixels[start : start + BATCH]))
+            pixels = torch.from_numpy(np.array(table.pixels[start : start + BATCH]))
             images = pixels.to(model.device, dtype) / 127.5 - 1.0
             moments = vae.encode(images).latent_dist.parameters.float().cpu().numpy()
             if start == 0:

@@ -144,7 +144,7 @@ class Pen:
 
     def finish(self) -> Drawing:
         """Return what was drawn."""
-        flat = np.asarray(self.image, dtype=np.float32) / 255
+        flat = np.asarray(self.image, dtype=np.float32) / np.float32(255)
         return Drawing(flat, np.asarray(self.map, dtype=np.int32))
 
     def _at(self, u: float, v: float) -> Point:
@@ -434,7 +434,8 @@ def photo(drawing: Drawing, rng: np.random.Generator) -> Floats:
     y, x = np.mgrid[-1 : 1 : SIDE * 1j, -1 : 1 : SIDE * 1j].astype(np.float32)
     side = 1.0 + 0.16 * (math.cos(angle) * x + math.sin(angle) * y)[..., None]
     lit = drawing.flat * side * (1.06 - 0.45 * near)
-    return _blur(lit, 2.0) + rng.normal(0, 0.02, (SIDE, SIDE, 1)).astype(np.float32)
+    result: Floats = _blur(lit, 2.0) + rng.normal(0, 0.02, (SIDE, SIDE, 1)).astype(np.float32)
+    return result
 
 
 def crayon(drawing: Drawing, rng: np.random.Generator) -> Floats:
@@ -444,7 +445,8 @@ def crayon(drawing: Drawing, rng: np.random.Generator) -> Floats:
     cover = _step(strokes, -1.15, -0.15)[..., None]
     drawn = PAPER + (wax - PAPER) * (0.22 + 0.78 * cover)
     line = _blur(_wobble(_edges(drawing, 3), rng, 3.0), 1.2) * _step(strokes, -1.9, -0.8)
-    return drawn + (_vivid(drawing.flat, 1.3, 0.42) - drawn) * line[..., None]
+    result: Floats = drawn + (_vivid(drawing.flat, 1.3, 0.42) - drawn) * line[..., None]
+    return result
 
 
 def pencil_drawing(drawing: Drawing, rng: np.random.Generator) -> Floats:
@@ -454,7 +456,8 @@ def pencil_drawing(drawing: Drawing, rng: np.random.Generator) -> Floats:
     tone = np.clip(1.15 * dark - 0.10, 0, 1) * np.clip(0.55 + 0.55 * hatch, 0.15, 1.3)
     line = _blur(_wobble(_edges(drawing, 3), rng, 3.0), 1.0)
     grey = np.clip(1.0 - np.maximum(0.78 * tone, 0.85 * line), 0.1, 1)[..., None]
-    return grey * np.array([0.97, 0.965, 0.95], dtype=np.float32)
+    result: Floats = grey * np.array([0.97, 0.965, 0.95], dtype=np.float32)
+    return result
 
 
 def mosaic(drawing: Drawing, rng: np.random.Generator) -> Floats:
@@ -470,7 +473,8 @@ def mosaic(drawing: Drawing, rng: np.random.Generator) -> Floats:
     stones = _blur(_vivid(drawing.flat, 1.35, 1.02), 1.5)[seeds[:, 0], seeds[:, 1]]
     stones = np.clip(stones * rng.uniform(0.84, 1.16, (len(seeds), 1)), 0, 1).astype(np.float32)
     grout = 0.85 * _blur(_borders(tile), 1.2, 1.6)[..., None]
-    return stones[tile] * (1 - grout) + 0.12 * grout
+    result: Floats = stones[tile] * (1 - grout) + 0.12 * grout
+    return result
 
 
 def neon_lines(drawing: Drawing, rng: np.random.Generator) -> Floats:
@@ -483,7 +487,8 @@ def neon_lines(drawing: Drawing, rng: np.random.Generator) -> Floats:
     ground = np.array([0.035, 0.02, 0.10], dtype=np.float32) + 0.05 * drawing.flat
     halo = 0.9 * _blur(light, 9.0) + 0.35 * _blur(light, 4.0)
     core = _blur(line, 1.0)[..., None]
-    return np.maximum(ground + halo, core * (0.88 * colour + 0.12))
+    result: Floats = np.maximum(ground + halo, core * (0.88 * colour + 0.12))
+    return result
 
 
 def pop_art(drawing: Drawing, rng: np.random.Generator) -> Floats:
@@ -499,7 +504,8 @@ def pop_art(drawing: Drawing, rng: np.random.Generator) -> Floats:
     share = 0.85 * (dots * (drawing.regions <= 2))[..., None]  # the backdrop alone
     drawn = colour + (LOUD[spots][drawing.regions] - colour) * share
     line = _blur(_edges(drawing, 4), 1.0)[..., None]
-    return drawn * (1 - line) + 0.03 * line
+    result: Floats = drawn * (1 - line) + 0.03 * line
+    return result
 
 
 def van_gogh(drawing: Drawing, rng: np.random.Generator) -> Floats:
@@ -530,7 +536,8 @@ def van_gogh(drawing: Drawing, rng: np.random.Generator) -> Floats:
         pen.line(points, fill=tuple(ink), width=6, joint="curve")
     painted = np.asarray(canvas, dtype=np.float32) / 255
     line = 0.65 * _blur(_edges(drawing, 3), 1.5)[..., None]
-    return painted * (1 - line) + line * np.array([0.05, 0.08, 0.25], dtype=np.float32)
+    result: Floats = painted * (1 - line) + line * np.array([0.05, 0.08, 0.25], dtype=np.float32)
+    return result
 
 
 BRUSHES: dict[str, Callable[[Drawing, np.random.Generator], Floats]] = {
@@ -567,7 +574,8 @@ def _edges(drawing: Drawing, width: int) -> Floats:
 def _blur(values: Floats, width: float, gain: float = 1.0) -> Floats:
     """Return `gain` times an image [H, W] or [H, W, 3] in 0..1, blurred (8 bits deep)."""
     image = Image.fromarray(_bytes(values)).filter(ImageFilter.GaussianBlur(width))
-    return np.minimum(np.asarray(image, dtype=np.float32) * (gain / 255), 1)
+    result: Floats = np.minimum(np.asarray(image, dtype=np.float32) * (gain / 255), 1)
+    return result
 
 
 def _strokes(rng: np.random.Generator, turn: float, long: float, wide: float) -> Floats:
@@ -578,7 +586,8 @@ def _strokes(rng: np.random.Generator, turn: float, long: float, wide: float) ->
     turned = Image.fromarray(field / field.std()).rotate(-turn, Image.Resampling.BILINEAR)
     cut = (side - SIDE // 2) // 2
     box = (cut, cut, cut + SIDE // 2, cut + SIDE // 2)
-    return np.asarray(turned.resize((SIDE, SIDE), Image.Resampling.BILINEAR, box=box))
+    result: Floats = np.asarray(turned.resize((SIDE, SIDE), Image.Resampling.BILINEAR, box=box))
+    return result
 
 
 def _wobble(mask: Floats, rng: np.random.Generator, far: float) -> Floats:
@@ -590,7 +599,8 @@ def _wobble(mask: Floats, rng: np.random.Generator, far: float) -> Floats:
     )
     y, x = np.mgrid[0:SIDE, 0:SIDE]
     rows = np.clip(np.rint(y + dy), 0, SIDE - 1).astype(int)
-    return mask[rows, np.clip(np.rint(x + dx), 0, SIDE - 1).astype(int)]
+    result: Floats = mask[rows, np.clip(np.rint(x + dx), 0, SIDE - 1).astype(int)]
+    return result
 
 
 def _region_means(flat: Floats, regions: npt.NDArray[np.int32]) -> Floats:
@@ -598,19 +608,22 @@ def _region_means(flat: Floats, regions: npt.NDArray[np.int32]) -> Floats:
     flatter = regions.ravel()
     count = np.maximum(np.bincount(flatter), 1)
     sums = [np.bincount(flatter, flat[..., c].ravel()) for c in range(3)]
-    return (np.stack(sums, 1) / count[:, None]).astype(np.float32)
+    result: Floats = (np.stack(sums, 1) / count[:, None]).astype(np.float32)
+    return result
 
 
 def _vivid(rgb: Floats, saturation: float, value: float) -> Floats:
     """Return colours moved away from grey by `saturation` and brightened by `value`."""
     grey = rgb.mean(-1, keepdims=True)
-    return np.clip((grey + (rgb - grey) * saturation) * value, 0, 1)
+    result: Floats = np.clip((grey + (rgb - grey) * saturation) * value, 0, 1)
+    return result
 
 
 def _step(values: Floats, low: float, high: float) -> Floats:
     """Return a smooth step from 0 at `low` to 1 at `high`."""
     t = np.clip((values - low) / (high - low), 0, 1)
-    return t * t * (3 - 2 * t)
+    result: Floats = t * t * (3 - 2 * t)
+    return result
 
 
 def _mix(first: Colour, second: Colour, share: float) -> Colour:
@@ -619,7 +632,8 @@ def _mix(first: Colour, second: Colour, share: float) -> Colour:
 
 
 def _bytes(rgb: npt.NDArray[np.floating]) -> npt.NDArray[np.uint8]:
-    return (np.clip(rgb, 0, 1) * 255 + 0.5).astype(np.uint8)
+    result: npt.NDArray[np.uint8] = (np.clip(rgb, 0, 1) * 255 + 0.5).astype(np.uint8)
+    return result
 
 
 def _rgb(colour: Colour) -> tuple[int, int, int]:

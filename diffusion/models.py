@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from mmforget.diffusion.conditions import Conditions, cat
@@ -33,6 +34,8 @@ FAMILIES = {
 }
 FLUX_SIDE = 128  # latents of FluxPipeline.default_sample_size
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+ZEROS = "force_zeros_for_empty_prompt"  # of SDXL pipelines
+TOGETHER = 64  # prompts encoded in one pass
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Shared:
         pipeline: The diffusers pipeline class.
         family: "sd", "sdxl", "sd3" or "flux".
         vae: Image codec, frozen.
-        parts: Other components by name: tokenizers, scheduler.
+        parts: Other components and settings by name: tokenizers, scheduler.
         noising: The scheduler's training side.
         source: Folder or hub id it was opened from.
     """
@@ -153,7 +156,7 @@ class DiffusionModel(nn.Module):
         """Copy weights and edits; share codec, tokenizers and scheduler."""
         edits = {name: edit for name, edit in self.edits.items() if isinstance(edit, Edit)}
         for edit in edits.values():  # hooks would go on pointing at the original's edits
-            edit.detach(self)
+            edit.detach(self._itself)
         try:
             made = DiffusionModel(
                 self.shared,
@@ -166,7 +169,7 @@ class DiffusionModel(nn.Module):
             copied = {name: copy.deepcopy(edit, memo) for name, edit in edits.items()}
         finally:
             for edit in edits.values():
-                edit.attach(self)
+                edit.attach(self._itself)
         for name, edit in copied.items():
             made.add_edit(name, edit)
         return made.train(self.training)
@@ -174,25 +177,26 @@ class DiffusionModel(nn.Module):
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "DiffusionModel":
         """Move the shared codec along: `nn.Module.to` ends here."""
         self._memo.clear()
-        self.shared.vae._apply(fn)
-        made: DiffusionModel = super()._apply(fn, recurse)
+        self.shared.vae._apply(fn)  # type: ignore[no-untyped-call]
+        made: DiffusionModel = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return made
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_pipe": None, "_memo": {}}
+        state = super().__getstate__()  # type: ignore[no-untyped-call]
+        return {**state, "_pipe": None, "_memo": {}}
 
     # Edits --------------------------------------------------------------------------------------
 
     def add_edit(self, name: str, edit: Edit) -> None:
         """Add an edit under a name of its own and let it set its hooks."""
         self.edits[name] = edit.to(self.device)
-        edit.attach(self)
+        edit.attach(self._itself)
 
     def remove_edit(self, name: str) -> Edit:
         """Take an edit away again and return it."""
         edit = self.edits[name]
         assert isinstance(edit, Edit)
-        edit.detach(self)
+        edit.detach(self._itself)
         del self.edits[name]
         return edit
 
@@ -228,6 +232,11 @@ class DiffusionModel(nn.Module):
         return len(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     @property
+    def _itself(self) -> Any:
+        """This model for edits; untyped, because a type checker meets this file by two names."""
+        return self
+
+    @property
     def window(self) -> int:
         """Tokens of text that fit between the start and end marks."""
         return int(self.tokenizer.model_max_length) - 2
@@ -260,7 +269,7 @@ class DiffusionModel(nn.Module):
         SDXL pipelines say in their config whether the empty prompt stands for zeros.
         """
         made = self.encode([negative])
-        if negative or not getattr(self.pipe.config, "force_zeros_for_empty_prompt", False):
+        if negative or not self.shared.parts.get(ZEROS, False):
             return made
         pooled = None if made.pooled is None else torch.zeros_like(made.pooled)
         return Conditions(torch.zeros_like(made.embeds), pooled, made.ids, made.prompts)
@@ -273,11 +282,27 @@ class DiffusionModel(nn.Module):
         new = [prompt for prompt in prompts if prompt not in self._memo]
         if not new:
             return
-        with torch.inference_mode(False), torch.no_grad():  # what is kept may serve training later
-            embeds, pooled, ids = self._encode(new)
-        for k, prompt in enumerate(new):
-            pool = None if pooled is None else pooled[k]
-            self._memo[prompt] = (embeds[k], pool, ids[k])
+        for start in range(0, len(new), TOGETHER):
+            part = new[start : start + TOGETHER]
+            with self._plain():
+                embeds, pooled, ids = self._encode(part)
+            for k, prompt in enumerate(part):
+                pool = None if pooled is None else pooled[k]
+                self._memo[prompt] = (embeds[k], pool, ids[k])
+
+    @contextmanager
+    def _plain(self) -> Iterator[None]:
+        """Encode without gradients, dropout or half precision: for all later uses."""
+        modes = [(module, module.training) for module in self.text_encoders.values()]
+        for module, _ in modes:
+            module.eval()
+        try:
+            lower = torch.autocast(self.device.type, enabled=False)
+            with torch.inference_mode(False), torch.no_grad(), lower:
+                yield
+        finally:
+            for module, mode in modes:
+                module.train(mode)
 
     def _encode(self, prompts: list[str]) -> tuple[Tensor, Tensor | None, Tensor]:
         """Encode by the pipeline's own rules: [B, T, D], [B, P] or None, ids [B, T1]."""
@@ -318,7 +343,7 @@ class DiffusionModel(nn.Module):
             guidance: Distilled guidance of FLUX.1-dev; others ignore it.
         """
         for edit in self.active_edits():
-            edit.before_predict(self, owner or text)
+            edit.before_predict(self._itself, owner or text)
         t = t.to(latents.device).expand(len(latents))
         if self.family == "sd":
             out = self.denoiser(latents, t, encoder_hidden_states=text.embeds, return_dict=False)
@@ -394,7 +419,7 @@ class DiffusionModel(nn.Module):
             img_ids=place.reshape(-1, 3),
             return_dict=False,
         )[0]
-        grid = found.reshape(count, height // 2, width // 2, channels, 2, 2)
+        grid: Tensor = found.reshape(count, height // 2, width // 2, channels, 2, 2)
         return grid.permute(0, 3, 1, 4, 2, 5).reshape(latents.shape)
 
     # Images -------------------------------------------------------------------------------------
@@ -434,7 +459,8 @@ class DiffusionModel(nn.Module):
                 "generated images are not finite: the model is broken, or half precision "
                 "overflowed (run in float32: runtime.precision=no)"
             )
-        return ((images / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+        made: Tensor = ((images / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+        return made
 
 
 def open_pipeline(source: str, dtype: torch.dtype = torch.float32) -> DiffusionModel:
@@ -444,15 +470,26 @@ def open_pipeline(source: str, dtype: torch.dtype = torch.float32) -> DiffusionM
         DataError: It is no pipeline of a family known here, or a component is missing or wrong.
     """
     import diffusers
+    import transformers
 
+    for library in (diffusers, transformers):  # bars of libraries among ours say nothing
+        library.utils.logging.disable_progress_bar()
     place = Path(source).expanduser()
     if place.is_dir():
         _check_folder(place)
     try:
         pipe = diffusers.DiffusionPipeline.from_pretrained(
-            str(place) if place.is_dir() else source, torch_dtype=dtype
+            str(place) if place.is_dir() else source, dtype=dtype
         )
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise DataError(
             f"model.pipeline={source} cannot be opened ({reason}). Give a folder written by "
@@ -480,7 +517,10 @@ def from_pipe(pipe: Any, source: str = "") -> DiffusionModel:
     vae = components.pop("vae").eval().requires_grad_(False)
     unused = ("safety_checker", "feature_extractor", "image_encoder")
     parts = {k: (None if k in unused else v) for k, v in components.items()}
-    shared = Shared(type(pipe), family, vae, parts, Noising(components["scheduler"]), source)
+    if ZEROS in pipe.config:
+        parts[ZEROS] = pipe.config[ZEROS]
+    noising = Noising(components["scheduler"], even=family == "flux")
+    shared = Shared(type(pipe), family, vae, parts, noising, source)
     return DiffusionModel(shared, trained).eval()
 
 

@@ -37,6 +37,8 @@ class Noising:
 
     Args:
         scheduler: The pipeline's scheduler; only its config is used.
+        even: Whether images are drawn at σ = 1 - k/steps, as FLUX does, instead of at the
+            scheduler's own levels.
 
     Attributes:
         kind: "epsilon", "v_prediction" or "flow".
@@ -46,8 +48,9 @@ class Noising:
         DataError: The scheduler's prediction type is none of these.
     """
 
-    def __init__(self, scheduler: Any) -> None:
+    def __init__(self, scheduler: Any, even: bool = False) -> None:
         config = scheduler.config
+        self.even = even
         self.config = config
         self.name = type(scheduler).__name__
         self.steps = int(config.num_train_timesteps)
@@ -120,12 +123,16 @@ class Noising:
                     f"sampler={settings.sampler}: a flow model has its own; say sampler=checkpoint"
                 )
             made = getattr(diffusers, self.name).from_config(self.config)
-            if getattr(made.config, "use_dynamic_shifting", False):
+            extra: dict[str, Any] = {"num_inference_steps": settings.steps}
+            if self.even and not made.config.get("use_flow_sigmas"):
+                extra = {"sigmas": [1.0 - k / settings.steps for k in range(settings.steps)]}
+            if made.config.get("use_dynamic_shifting"):
                 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
-                sigmas = [1.0 - k / settings.steps for k in range(settings.steps)]
-                made.set_timesteps(sigmas=sigmas, mu=calculate_shift(image_tokens))
-                return made
+                named = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+                extra["mu"] = calculate_shift(image_tokens, *(made.config[name] for name in named))
+            made.set_timesteps(**extra)
+            return made
         else:
             classes = {
                 "ddim": "DDIMScheduler",
@@ -133,6 +140,8 @@ class Noising:
                 "euler": "EulerDiscreteScheduler",
                 "dpmsolver": "DPMSolverMultistepScheduler",
             }
-            made = getattr(diffusers, classes[settings.sampler]).from_config(self.config)
+            # Latents have no range; a config of another scheduler does not tell DDIM so.
+            free = {"clip_sample": False} if settings.sampler == "ddim" else {}
+            made = getattr(diffusers, classes[settings.sampler]).from_config(self.config, **free)
         made.set_timesteps(settings.steps)
         return made

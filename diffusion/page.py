@@ -153,10 +153,11 @@ def _told(runs: Sequence[RunResult]) -> list[tuple[RunResult, Mapping[str, Any],
     told: list[tuple[RunResult, Mapping[str, Any], bytes]] = []
     for run in sorted(runs, key=_rank):
         path = run.folder / "samples" / "pictures.json"
-        if path.is_file():
+        sheet = path.with_name("pictures.jpg")
+        if path.is_file() and sheet.is_file():
             said = json.loads(path.read_text())
             if not told or said == told[0][1]:
-                told.append((run, said, (path.parent / "pictures.jpg").read_bytes()))
+                told.append((run, said, sheet.read_bytes()))
     return told
 
 

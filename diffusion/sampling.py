@@ -34,7 +34,7 @@ def start_latents(model: DiffusionModel, seeds: Sequence[int], size: int | None 
     """
     channels, height, width = model.latent_shape
     if size is not None:
-        unit = model.scale_factor * (2 if model.family == "flux" else 1)
+        unit = model.scale_factor * (2 if model.denoiser_name == "transformer" else 1)  # patches
         if size % unit:
             raise ConfigError(f"images of {size} pixels: a multiple of {unit} is needed")
         height = width = size // model.scale_factor
@@ -70,7 +70,8 @@ def denoise(
         settings: Sampler, steps and guidance.
         start: First step.
         stop: Step before which to stop; None: to the end.
-        seeds: Seeds of samplers that draw noise on the way.
+        seeds: Seeds of samplers that draw noise on the way: after the start latents, from the same
+            stream, as diffusers does.
         watch: Called after each step with it and the new latents.
 
     Returns:
@@ -87,7 +88,7 @@ def denoise(
     guided = settings.guidance != 1.0 and not _distilled(model)
     options: dict[str, Any] = {}
     if seeds is not None and _draws(scheduler):
-        options["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
+        options["generator"] = [_behind(seed, latents[:1], 1 + start) for seed in seeds]
     if start == 0 and model.noising.kind != "flow":
         latents = latents * scheduler.init_noise_sigma
     if start > 0 and hasattr(scheduler, "set_begin_index"):
@@ -145,7 +146,8 @@ def generate(
     """
     if not images:
         return
-    text = model.encode([image.prompt for image in images])
+    place = {prompt: k for k, prompt in enumerate(dict.fromkeys(i.prompt for i in images))}
+    text = model.encode(tuple(place))
     empty = model.unconditional(negative)
     for first in range(0, len(images), settings.batch_size):
         rows = range(first, min(first + settings.batch_size, len(images)))
@@ -153,7 +155,7 @@ def generate(
         latents = denoise(
             model,
             start_latents(model, seeds, settings.size),
-            text.rows(list(rows)),
+            text.rows([place[images[i].prompt] for i in rows]),
             empty.repeat(len(rows)),
             settings,
             seeds=seeds,
@@ -162,8 +164,16 @@ def generate(
 
 
 def _distilled(model: DiffusionModel) -> bool:
-    """Return whether guidance is an input of the model instead of a second pass (FLUX.1-dev)."""
-    return model.family == "flux" and bool(model.denoiser.config.guidance_embeds)
+    """Return whether guidance is no second pass: FLUX.1-dev reads it, FLUX.1-schnell has none."""
+    return model.family == "flux"
+
+
+def _behind(seed: int, like: Tensor, count: int) -> torch.Generator:
+    """Return a seed's generator after its start latents and the noise of earlier steps."""
+    made = torch.Generator().manual_seed(seed)
+    for _ in range(count):
+        torch.randn(like.shape, generator=made)
+    return made
 
 
 def _draws(scheduler: Any) -> bool:

@@ -106,6 +106,7 @@ class Pipeline:
         Raises:
             MMForgetError: What the user gave cannot be run; nothing half-written is left.
         """
+        plan = _referable(plan)
         bench = self.workbench(plan).bench(plan)
         parents: dict[str, RunResult] = {}
         reference = plan.with_method("retrain")
@@ -121,6 +122,7 @@ class Pipeline:
         Raises:
             CheckpointError: It is no checkpoint of the plan's model.
         """
+        plan = _referable(plan)
         workbench = self.workbench(plan)
         bench = workbench.bench(plan)
         original, _, _ = workbench.trained(
@@ -485,6 +487,19 @@ class _Runner:
         write_text(self.place.folder / "run.json", to_json(result))
         if result.status in ("finished", "collapsed"):
             shutil.rmtree(self.place.folder / "state", ignore_errors=True)
+
+
+def _referable(plan: Plan) -> Plan:
+    """Return a plan without a retrained reference where nothing is trained.
+
+    An original that is taken as it is (0 epochs) would be its own "retrained" model.
+    """
+    if not plan.reference or plan.sections["benchmark"].training.epochs > 0:
+        return plan
+    logger.warning(
+        "no retrained reference: benchmark.training.epochs=0, so the original is taken as it is"
+    )
+    return replace(plan, reference=False)
 
 
 def _referenced(

@@ -451,6 +451,15 @@ class Benchmark(ABC):
 
         save_model(model, folder / "model.safetensors")
 
+    def export(self, model: nn.Module, folder: Path) -> None:
+        """Write a trained model whole, in the form that its `model.checkpoint` or the like reads.
+
+        To override where the field has a folder format of its own.
+        """
+        from mmforget.checkpoint import save_model
+
+        save_model(model, folder / "model.safetensors")
+
     def rebuild(self, path: Path, start: nn.Module) -> nn.Module:
         """Return the model that a checkpoint holds.
 

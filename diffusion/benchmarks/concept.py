@@ -160,23 +160,24 @@ class AnyConcept(DiffusionBenchmark):
         anchor = self.request.anchor
         concepts = []
         for name in names:
-            prompts = tuple(template.format(name) for template in self.templates)
+            prompts = tuple(template.replace("{}", name) for template in self.templates)
             anchors = tuple(self._instead(template, anchor) for template in self.templates)
             text = f"{name} style" if self.request.kind == "style" else name
             concepts.append(Concept(name, self.request.kind, text, anchor, prompts, anchors))
-        retain = tuple(t.format(name) for name in self.request.preserve for t in self.templates)
+        kept = tuple(dict.fromkeys(self.request.preserve))
+        retain = tuple(t.replace("{}", name) for name in kept for t in self.templates)
         if not retain:
             retain = tuple(dict.fromkeys(a for c in concepts for a in c.anchors))
-        return Erasure(tuple(concepts), tuple(self.request.preserve), retain)
+        return Erasure(tuple(concepts), kept, retain)
 
     def stages(self, splits: Splits) -> Sequence[Stage]:
         """Return one stage for all concepts, or one for each if the request is sequential."""
         if not self.request.sequential:
             return (Stage(splits, self.erasure(self.concepts), ", ".join(self.concepts)),)
         found = []
-        for name in self.concepts:
-            forget = _named(splits.forget, name)
-            part = replace(splits, forget=forget, holdout=_named(splits.holdout, name))
+        for c, name in enumerate(self.concepts):
+            forget, unseen = _named(splits.forget, c), _named(splits.holdout, c)
+            part = replace(splits, forget=forget, holdout=unseen)
             found.append(Stage(part, self.erasure([name]), name))
         return found
 
@@ -184,27 +185,35 @@ class AnyConcept(DiffusionBenchmark):
         """Draw and encode the original's pictures of the request; see `Benchmark.splits`."""
         erasure, base = self.erasure(self.concepts), self.base
         for concept in erasure.concepts:
-            check_texts((concept.name, *concept.prompts), base.count_tokens, base.window)
+            named = (concept.name, concept.text, *concept.prompts, *filter(None, concept.anchors))
+            check_texts(named, base.count_tokens, base.window)
+        check_texts(
+            (*erasure.preserve, *filter(None, erasure.retain)), base.count_tokens, base.window
+        )
         rows: list[tuple[str, str, str, bool]] = []  # id, prompt, anchor, forgotten
         for c, concept in enumerate(erasure.concepts):
             for p, (prompt, anchor) in enumerate(
                 zip(concept.prompts, concept.anchors, strict=True)
             ):
-                rows.append((f"{concept.name}/{c}.{p}", prompt, anchor, True))
-        rows += [(f"kept/{p}", prompt, "", False) for p, prompt in enumerate(erasure.retain)]
+                rows.append((f"{c}.{p}/{concept.name}", prompt, anchor, True))
+        rows += [(f"kept.{p}", prompt, "", False) for p, prompt in enumerate(erasure.retain)]
         count = self.data.images
         orders, captions, anchors, gone, unseen = [], [], [], [], []
-        for r, (_, prompt, anchor, forgotten) in enumerate(rows):
-            for k in range(count):
-                seed = derive(r, "draw", k) % 2**31  # none of the evaluation's
-                orders.append(Ordered(f"{r:04d}_{k:03d}.png", prompt, seed))
+        for _, prompt, anchor, forgotten in rows:
+            for k in range(count):  # requests share a folder, so a name says its prompt
+                seed = derive(k, "draw", prompt) % 2**31  # none of the evaluation's
+                orders.append(Ordered(f"{_key(prompt)}_{k:03d}.png", prompt, seed))
                 captions.append([prompt])
                 anchors.append([anchor] if forgotten else [])
                 gone.append(forgotten)
                 unseen.append(k >= count - max(1, count // 4))
         made = {**fingerprint(base, self.sampling), "drawn": "training"}
         folder = place_of(self.store, made)
-        fill(folder, base, orders, self.sampling, label="draw training images", made=made)
+        share = (0, 1) if self.engine is None else (self.engine.rank, self.engine.world)
+        label = "draw training images"
+        fill(folder, base, orders, self.sampling, label=label, share=share, made=made)
+        if self.engine is not None:
+            self.engine.barrier()
         ids = [f"{rows[i // count][0]}/{i % count}" for i in range(len(orders))]
         files = [
             ImageFile(name, folder / order.name, order.prompt)
@@ -289,13 +298,13 @@ class AnyConcept(DiffusionBenchmark):
     def _instead(self, template: str, anchor: str) -> str:
         """Return a template with the anchor; without one, the words around the concept."""
         if anchor:
-            return template.format(anchor)
+            return template.replace("{}", anchor)
         bare = template.replace(" in {} style", "").replace(" of {}", "").replace(" with {}", "")
         return " ".join(bare.replace("{}", "").split())
 
 
-def _named(data: Dataset, name: str) -> Dataset:
-    return Subset(data, [i for i, one in enumerate(data.ids) if one.startswith(f"{name}/")])
+def _named(data: Dataset, concept: int) -> Dataset:
+    return Subset(data, [i for i, one in enumerate(data.ids) if one.startswith(f"{concept}.")])
 
 
 def _key(prompt: str) -> str:

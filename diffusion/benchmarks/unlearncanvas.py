@@ -469,6 +469,13 @@ class UnlearnCanvas(DiffusionBenchmark):
                 raise ConfigError(unknown(what[:-1], name, known, f"benchmark.{what}"))
         return tuple(name for name in known if name in given) if given else known
 
+    @classmethod
+    def write_mini(cls, folder: Path, seed: int) -> None:
+        """Write the mini world of a seed into `folder`, in the published layout."""
+        from mmforget.diffusion import mini
+
+        mini.write_canvas(folder, seed)
+
     def _root(self) -> Path:
         """Return the folder copy, drawn or downloaded when it is not there yet."""
         if self.data.source == "local":
@@ -477,7 +484,7 @@ class UnlearnCanvas(DiffusionBenchmark):
             from mmforget.diffusion import mini
 
             world = f"unlearncanvas-v{mini.VERSION}-s{self.data.seed}"
-            return mini_world(self.store / "mini" / world, mini.write_canvas, self.data.seed)
+            return mini_world(self.store / "mini" / world, self.write_mini, self.data.seed)
         from mmforget.diffusion.hub import snapshot
 
         return snapshot(self.data.repo, self.data.revision, self.store)

@@ -77,7 +77,9 @@ class LowRank(Edit):
             seed: Seed of A.
             alpha: α; None: the rank, so that the product counts once.
         """
-        made = cls(_shapes(model, layers), rank, rank if alpha is None else alpha, 1.0, _wide(model))
+        made = cls(
+            _shapes(model, layers), rank, rank if alpha is None else alpha, 1.0, _wide(model)
+        )
         with torch.no_grad():
             for name, down in zip(made.layers, made.down, strict=True):
                 bound = down[0].numel() ** -0.5
@@ -129,8 +131,8 @@ class LowRank(Edit):
     def product(self, place: int) -> Tensor:
         """Return scale·(alpha/rank)·B·A of one layer, in its weight's shape."""
         down, up = self.down[place], self.up[place]
-        flat = (up.flatten(1) @ down.flatten(1)) * self._factor
-        return flat.unflatten(1, down.shape[1:])
+        flat: Tensor = (up.flatten(1) @ down.flatten(1)) * self._factor
+        return flat.reshape(-1, *down.shape[1:])
 
     @torch.no_grad()
     def merge(self, model: DiffusionModel) -> None:

@@ -21,11 +21,11 @@ CITATION = (
 
 @dataclass(frozen=True)
 class NegativePromptConfig:
-    """What the negative prompt says."""
+    """What the negative prompt is made of."""
 
-    words: str = option(
+    prompt: str = option(
         "text",
-        "name erased concepts by their short prompts (`text`: Van Gogh style) or bare `name`s",
+        "what names the erased concepts: their short prompts (Van Gogh style), or bare names",
         choices=("text", "name"),
     )
 
@@ -73,7 +73,7 @@ class NegativePrompting(UnlearningMethod[NegativePromptConfig]):
         model = ctx.model
         assert isinstance(model, DiffusionModel)
         need_guidance(model, ctx.label)
-        prompt = joined(model, ctx.target, self.config.words)
+        prompt = joined(model, ctx.target, self.config.prompt)
         model.add_edit(f"negative_prompt_{len(model.edits)}", NegativePrompt(prompt))
         return model
 
@@ -92,18 +92,18 @@ def need_guidance(model: DiffusionModel, label: str) -> None:
         )
 
 
-def joined(model: DiffusionModel, target: Erasure, words: str) -> str:
+def joined(model: DiffusionModel, target: Erasure, prompt: str) -> str:
     """Return one prompt that names all erased concepts.
 
     Args:
         model: Its tokenizer says what fits.
         target: The request.
-        words: "text" or "name".
+        prompt: "text" or "name".
 
     Raises:
         ConfigError: The text encoder's window is too short for them.
     """
-    named = (concept.name if words == "name" else concept.text for concept in target.concepts)
-    prompt = ", ".join(dict.fromkeys(named))
-    check_texts((prompt,), model.count_tokens, model.window)
-    return prompt
+    named = (concept.name if prompt == "name" else concept.text for concept in target.concepts)
+    made = ", ".join(dict.fromkeys(named))
+    check_texts((made,), model.count_tokens, model.window)
+    return made

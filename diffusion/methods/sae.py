@@ -101,8 +101,9 @@ class SparseCoder(nn.Module):
         self.center.copy_(sample.mean(dim=0))
 
     def pre(self, x: Tensor) -> Tensor:
-        """Return what features respond, [..., d] -> [..., n], not negative."""
-        return F.relu(F.linear(x - self.center, self.encoder, self.bias))
+        """Return what features respond, [..., d] -> [..., n], not negative, at full precision."""
+        with torch.autocast(x.device.type, enabled=False):
+            return F.relu(F.linear(x.to(self.center.dtype) - self.center, self.encoder, self.bias))
 
     def codes(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the k largest responses and their features, each [..., k]."""
@@ -218,7 +219,7 @@ class FeatureEdit(Edit):
     def _edit(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         assert self.now is not None
         before = output[0]  # a tuple, or diffusers' output class
-        x = full(pixels(before))
+        x = pixels(before).to(self.coder.center.dtype)
         values, features = self.coder.codes(x)
         place = self.now.expand(len(x))[:, None, None]
         after = intervene(
@@ -530,8 +531,12 @@ def scores(target: Tensor, others: Tensor) -> Tensor:
 def selected(target: Tensor, others: Tensor, percentile: float) -> Tensor:
     """Return which features score above the percentile of their step, booleans [..., n]."""
     found = scores(target, others)
-    bound = torch.quantile(found, percentile / 100.0, dim=-1, keepdim=True)
-    return found > bound
+    return found > threshold(found, percentile)
+
+
+def threshold(found: Tensor, percentile: float) -> Tensor:
+    """Return the percentile of scores, interpolated linearly, [..., n] -> [..., 1]."""
+    return torch.quantile(found, percentile / 100.0, dim=-1, keepdim=True)
 
 
 def intervene(
@@ -585,9 +590,9 @@ def block(model: DiffusionModel, layer: str) -> nn.Module:
         ConfigError: The denoiser is no UNet, or has no such block.
     """
     attention.layers(model)
-    from diffusers.models import Transformer2DModel
+    from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
-    found = {
+    found: dict[str, nn.Module] = {
         name: module
         for name, module in model.denoiser.named_modules()
         if isinstance(module, Transformer2DModel)

@@ -82,7 +82,14 @@ class Suppression(Edit):
         super().__init__()
         self.words = list(words)
         self.settings = SEOTConfig(
-            alpha, start, stop, iterations, step_size, retain_weight, erase_weight, grid
+            alpha=alpha,
+            start=start,
+            stop=stop,
+            iterations=iterations,
+            step_size=step_size,
+            retain_weight=retain_weight,
+            erase_weight=erase_weight,
+            grid=grid,
         )
         self.rows: list[int] = []
         self.soft: Tensor | None = None
@@ -221,7 +228,8 @@ def positions(model: DiffusionModel, ids: Tensor, words: Sequence[str]) -> Tenso
 
 def lengths(model: DiffusionModel, ids: Tensor) -> Tensor:
     """Return the tokens of each prompt, its start and end marks included, [B]."""
-    return (ids == model.tokenizer.eos_token_id).int().argmax(dim=1) + 1
+    end: int = model.tokenizer.eos_token_id
+    return (ids == end).int().argmax(dim=1) + 1
 
 
 def words_of(counts: Tensor, window: int) -> Tensor:
@@ -243,9 +251,10 @@ def soften(embeds: Tensor, targets: Tensor, count: int, alpha: float) -> Tensor:
         alpha: 0 changes nothing.
     """
     rows = torch.cat([targets, torch.arange(count - 1, len(embeds), device=targets.device)])
-    left, values, right = torch.linalg.svd(full(embeds[rows]), full_matrices=False)
     made = embeds.clone()
-    made[rows] = ((left * (values * torch.exp(-alpha * values))) @ right).to(made.dtype)
+    with torch.autocast(embeds.device.type, enabled=False):
+        left, values, right = torch.linalg.svd(full(embeds[rows]), full_matrices=False)
+        made[rows] = ((left * (values * torch.exp(-alpha * values))) @ right).to(made.dtype)
     return made
 
 
@@ -271,7 +280,7 @@ def attention_loss(
     cross, own = original
     bound = torch.where(targets, REGION_TARGET, REGION_OTHER)[:, None]
     region = cross >= bound * cross.amax(dim=1, keepdim=True)
-    ruled = torch.einsum("rqt,rt->rq", region.float(), weight)
+    ruled = (region * weight[:, None]).sum(dim=2)
     loss = (weight * (1.0 - F.cosine_similarity(cross, current[0], dim=1))).sum(dim=1)
     return loss + (ruled * (1.0 - F.cosine_similarity(own, current[1], dim=1))).sum(dim=1)
 
@@ -315,7 +324,7 @@ def maps_of(model: DiffusionModel, names: Sequence[str]) -> Iterator[Maps]:
         yield maps
     finally:
         for name in names:
-            found[name].processor = before[name]  # type: ignore[assignment]
+            found[name].processor = before[name]
 
 
 def summaries(maps: Maps) -> tuple[Tensor, Tensor]:

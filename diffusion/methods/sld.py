@@ -56,9 +56,9 @@ class SLDConfig:
     )
     momentum: float | None = option(None, "weight of the momentum; null: the preset's", low=0)
     beta: float | None = option(None, "decay of the momentum; null: the preset's", low=0, high=1)
-    words: str = option(
+    prompt: str = option(
         "text",
-        "name erased concepts by their short prompts (`text`: Van Gogh style) or bare `name`s",
+        "what names the erased concepts: their short prompts (Van Gogh style), or bare names",
         choices=("text", "name"),
     )
 
@@ -146,7 +146,7 @@ class SLD(UnlearningMethod[SLDConfig]):
         model = ctx.model
         assert isinstance(model, DiffusionModel)
         need_guidance(model, ctx.label)
-        concept = joined(model, ctx.target, self.config.words)
+        concept = joined(model, ctx.target, self.config.prompt)
         edit = SafetyGuidance(concept, **strength(self.config)._asdict())
         model.add_edit(f"sld_{len(model.edits)}", edit)
         return model

@@ -130,7 +130,8 @@ class UCE(UnlearningMethod[UCEConfig]):
             return model
         assert measure is not None
         concepts = target.concepts
-        texts = [concept.text for concept in concepts] + config.attributes + kept
+        names = [c.name if config.texts == "name" else c.text for c in concepts]
+        texts = names + config.attributes + kept
         found = sites(model, weights, texts, config.embeddings)
         desired = torch.tensor(
             config.ratios or [1 / len(config.attributes)] * len(config.attributes)
@@ -149,7 +150,7 @@ class UCE(UnlearningMethod[UCEConfig]):
                 advance(1, f"gap {gap.abs().max():.3f}")
                 return gap
 
-            debias(found, [c.text for c in concepts], kept, gaps, config)
+            debias(found, names, kept, gaps, config)
         return model
 
     def _checked(self, model: DiffusionModel) -> Measure | None:
@@ -166,6 +167,11 @@ class UCE(UnlearningMethod[UCEConfig]):
                     f"is {config.mode}"
                 )
             return None
+        if config.texts == "prompts" or config.expand or config.technique == "tensor":
+            raise ConfigError(
+                "method.mode=debias changes one text a concept by attributes: it takes "
+                "method.texts=name or text, expand=false and technique=replace"
+            )
         if len(config.attributes) < 2:
             raise ConfigError(
                 f"method.mode=debias balances two attributes or more and method.attributes is "

@@ -15,7 +15,25 @@ from mmforget.diffusion.models import DiffusionModel, from_pipe
 from mmforget.engine import Engine, Runtime
 from mmforget.types import Splits, Subset, UnlearningMethod
 
-WORDS = ["a", "an", "image", "photo", "of", "in", "style", "the", "dog", "cat", "bird", "tree", "monet", "crayon", "winter", "painting", "art"]
+WORDS = [
+    "a",
+    "an",
+    "image",
+    "photo",
+    "of",
+    "in",
+    "style",
+    "the",
+    "dog",
+    "cat",
+    "bird",
+    "tree",
+    "monet",
+    "crayon",
+    "winter",
+    "painting",
+    "art",
+]
 SIDE = 8  # latents; the codec halves once: images are 16 pixels
 DIM = 32  # of text embeddings
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mmforget.diffusion.edits import Step
-from mmforget.diffusion.methods.sae import intervene, scores, selected
+from mmforget.diffusion.methods.sae import intervene, scores, selected, threshold
 from mmforget.diffusion.methods.seot import soften
 from mmforget.diffusion.methods.sld import SafetyGuidance, SLDConfig, strength
 from mmforget.diffusion.methods.spm import gates, low_rank, similarity
@@ -83,7 +83,9 @@ def seot_soft_weight(inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def saeuron(inputs: dict[str, Any]) -> dict[str, Any]:
-    at = {name: tensor(v)[:, inputs["timestep"]] for name, v in inputs["concept_activations"].items()}
+    at = {
+        name: tensor(v)[:, inputs["timestep"]] for name, v in inputs["concept_activations"].items()
+    }
     mean = at[inputs["target"]].mean(dim=0)
     rest = torch.cat([v for name, v in at.items() if name != inputs["target"]]).mean(dim=0)
     found = scores(mean, rest)
@@ -106,7 +108,7 @@ def saeuron(inputs: dict[str, Any]) -> dict[str, Any]:
     ]
     return {
         "scores": found.tolist(),
-        "threshold": torch.quantile(found, inputs["percentile"] / 100.0).item(),
+        "threshold": threshold(found, inputs["percentile"]).item(),
         "selected_features": torch.nonzero(chosen).flatten().tolist(),
         "mean_over_concepts": overall[chosen].tolist(),
         "scaling": scaling[chosen].tolist(),

@@ -15,27 +15,6 @@ import pytest
 
 # Families whose code does not exist yet, by area (the folder of the file). This list only shrinks.
 NOT_BUILT: Mapping[str, Sequence[str]] = {
-    "diffusion": (
-        "clip_score",
-        "esd_param_selection",
-        "esd_target",
-        "fid_given_gaussians",
-        "fid_kid_cmmd",
-        "fmn_attention_loss",
-        "mace_closed_form",
-        "rece_closed_form",
-        "saeuron_feature_selection",
-        "seot_soft_weight",
-        "shs_gem",
-        "shs_snip_mask",
-        "sld",
-        "spm_gate",
-        "ua_ira_cra_from_confusion",
-        "uce",
-        "uce_debias",
-        "unlearncanvas_answer_set_names",
-        "unlearncanvas_metrics",
-    ),
     "diffusion_attacks": (
         "add_noise_vp_vs_sigma",
         "adversarial_token_insertion",
