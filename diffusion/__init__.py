@@ -9,6 +9,7 @@ ENTRIES: dict[str, dict[str, str]] = {
     "benchmarks": {
         "diffusion/unlearncanvas": f"{_D}.benchmarks.unlearncanvas:UnlearnCanvas",
         "diffusion/concept": f"{_D}.benchmarks.concept:AnyConcept",
+        "diffusion/unlearndiffatk": f"{_D}.benchmarks.unlearndiffatk:UnlearnDiffAtk",
     },
     "methods": {
         "diffusion/esd": f"{_D}.methods.esd:ESD",
@@ -28,6 +29,26 @@ ENTRIES: dict[str, dict[str, str]] = {
         "diffusion/seot": f"{_D}.methods.seot:SEOT",
         "diffusion/sld": f"{_D}.methods.sld:SLD",
         "diffusion/negative_prompt": f"{_D}.methods.negative_prompt:NegativePrompting",
+    },
+    "attacks": {
+        "diffusion/text_grad": f"{_D}.attacks.text_grad:TextGrad",
+        "diffusion/hard_prompt": f"{_D}.attacks.hard_prompt:HardPrompt",
+        "diffusion/p4d": f"{_D}.attacks.p4d:P4D",
+        "diffusion/random": f"{_D}.attacks.random_tokens:RandomTokens",
+        "diffusion/seed_search": f"{_D}.attacks.seed_search:SeedSearch",
+        "diffusion/no_attack": f"{_D}.attacks.no_attack:NoAttack",
+        "diffusion/ring_a_bell": f"{_D}.attacks.ring_a_bell:RingABell",
+        "diffusion/mma": f"{_D}.attacks.mma:MMA",
+        "diffusion/transfer": f"{_D}.attacks.transfer:Transfer",
+        "diffusion/concept_inversion": f"{_D}.attacks.concept_inversion:ConceptInversion",
+        "diffusion/completion": f"{_D}.attacks.probes:Completion",
+        "diffusion/img2img": f"{_D}.attacks.probes:Img2Img",
+        "diffusion/noise": f"{_D}.attacks.probes:NoiseProbe",
+        "diffusion/benign_finetune": f"{_D}.attacks.finetune:BenignFinetune",
+        "diffusion/fewshot_relearn": f"{_D}.attacks.finetune:FewShotRelearn",
+    },
+    "openers": {
+        "diffusion/pipeline": f"{_D}.attacks.opener:pipeline_folder",
     },
     "metrics": {
         "diffusion/unlearncanvas": f"{_D}.metrics.unlearncanvas:CanvasScores",

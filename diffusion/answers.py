@@ -71,6 +71,11 @@ def fingerprint(model: DiffusionModel, sampling: Sampling, negative: str = "") -
     return plain
 
 
+def picture_name(prompt: str, seed: int) -> str:
+    """Return the file name of a picture that any set may hold: it says its prompt and seed."""
+    return f"{hashlib.sha256(prompt.encode()).hexdigest()[:12]}_seed{seed}.png"
+
+
 def place_of(store: Path, made: dict[str, Any]) -> Path:
     """Return the folder below `store` for images of a fingerprint."""
     key = hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:32]
@@ -114,7 +119,7 @@ def fill(
         images = [Image(order.prompt, order.seed) for order in todo]
         for rows, pixels in generate(model, images, sampling, negative):
             for i, image in zip(rows, pixels, strict=True):
-                _write(folder / todo[i].name, image)
+                write_image(folder / todo[i].name, image)
             count += len(rows)
             advance(len(rows))
     return count
@@ -183,7 +188,8 @@ def _claim(folder: Path, made: dict[str, Any], orders: Sequence[Ordered]) -> Non
         write_text(path, json.dumps({"made": made, "images": {**known, **images}}))
 
 
-def _write(path: Path, image: Tensor) -> None:
+def write_image(path: Path, image: Tensor) -> None:
+    """Write an image uint8 [3, H, W] as its ending says, whole or not at all."""
     try:
         with writing(path) as temporary:
             pixels = Pillow.fromarray(image.permute(1, 2, 0).contiguous().numpy())

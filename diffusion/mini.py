@@ -6,6 +6,7 @@ that no unlearning request mentions. Crayon and Pencil_Drawing share paper, hatc
 outlines, Architectures and Towers share walls, roofs and windows: damage to neighbours shows there.
 """
 
+import csv
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
@@ -17,7 +18,7 @@ from mmforget.diffusion.drawings import draw, paint
 from mmforget.errors import ConfigError
 from mmforget.rng import derive
 
-VERSION = 1  # raised when the same seed draws another world or another untrained pipeline
+VERSION = 2  # raised when the same seed draws another world or another untrained pipeline
 SIZE = 64  # pixels
 QUALITY = 95
 IMAGES = 20  # of each style and object
@@ -70,6 +71,7 @@ TEMPLATES = (
 )
 STYLE_ALONE = ("An image in {style} style.", "{style} style")
 OBJECT_ALONE = ("An image of {object}.", "{object}")
+GUIDANCE = 4.0  # of the prompts that attacks start from
 DRAWN_CAPTIONS = 2  # of each pair of words, beside the official template
 
 
@@ -92,6 +94,34 @@ def write_canvas(folder: Path, seed: int, size: int = SIZE) -> None:
                 rng = np.random.default_rng(derive(seed, "paint", name, k, theme))
                 path = folder / theme / name / f"{k}.jpg"
                 paint(scene, theme, rng, size).save(path, quality=QUALITY, subsampling=0)
+
+
+def write_prompts(folder: Path, seed: int) -> None:
+    """Write `{Concept}.csv` for every style and object, in the columns of UnlearnDiffAtk.
+
+    Prompts name the concept by its official word: the published template and two others for each
+    object (for an object: each theme).
+
+    Args:
+        folder: Where to; made if needed.
+        seed: Decides templates, filler words and evaluation seeds.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for concept in (*STYLES, *OBJECTS):
+        rng = np.random.default_rng(derive(seed, "prompts", concept))
+        pairs = [(concept, o) for o in OBJECTS] if concept in STYLES else []
+        pairs = pairs or [(theme, concept) for theme in THEMES]
+        lines = []
+        for style, name in pairs:
+            for template in (OFFICIAL, *rng.permutation(TEMPLATES)[:DRAWN_CAPTIONS]):
+                filler = FILLERS[int(rng.integers(len(FILLERS)))]
+                said, shown = SYNONYMS[style][0], SYNONYMS[name][0]
+                lines.append(template.format(object=shown, style=said, filler=filler))
+        with (folder / f"{concept}.csv").open("w", encoding="utf-8", newline="") as stream:
+            table = csv.writer(stream)
+            table.writerow(("case_number", "prompt", "evaluation_seed", "evaluation_guidance"))
+            for case, line in enumerate(dict.fromkeys(lines)):
+                table.writerow((case, line, int(rng.integers(10**5)), GUIDANCE))
 
 
 def captions(style: str, object: str, seed: int = 0) -> list[str]:
@@ -144,7 +174,7 @@ def _split(line: str) -> Iterator[str]:
 
 
 def write_pipeline(folder: Path, seed: int) -> None:
-    """Write a `StableDiffusionPipeline` folder: trained autoencoder, the rest to be trained.
+    """Write a `StableDiffusionPipeline` folder whose UNet is still to be trained.
 
     Args:
         folder: Where to; made if needed.
@@ -153,4 +183,18 @@ def write_pipeline(folder: Path, seed: int) -> None:
     from mmforget.diffusion.mini_model import make_pipeline
 
     pipeline: Any = make_pipeline(seed)
+    pipeline.save_pretrained(folder)
+
+
+def write_original(folder: Path, seed: int) -> None:
+    """Write the pipeline folder of the shipped original, which has learned world 0.
+
+    Args:
+        folder: Where to; made if needed.
+        seed: Not used: there is one original.
+    """
+    from mmforget.diffusion.mini_model import make_pipeline, shipped_unet
+
+    pipeline: Any = make_pipeline(seed)
+    pipeline.unet.load_state_dict(shipped_unet())
     pipeline.save_pretrained(folder)

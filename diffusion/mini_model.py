@@ -28,7 +28,10 @@ if TYPE_CHECKING:
     )
     from transformers import CLIPTextModel, CLIPTokenizer
 
+    from mmforget.diffusion.models import DiffusionModel
+
 ASSETS = Path(__file__).with_name("assets")
+ORIGINAL = ASSETS / "original.safetensors"
 PIXELS = 32  # side of the images that the model draws
 WINDOW = 32  # tokens of a prompt, begin and end included
 WIDTH = 64  # of the text encoder
@@ -93,11 +96,16 @@ def _joined(pieces: Sequence[str], pair: tuple[str, str]) -> list[str]:
     return joined
 
 
-def make_text_encoder(tokenizer: "CLIPTokenizer") -> "CLIPTextModel":
-    """Return an untrained CLIP text encoder, 2 layers of width 64."""
+def make_text_encoder(tokenizer: "CLIPTokenizer", trained: bool = True) -> "CLIPTextModel":
+    """Return the CLIP text encoder, 2 layers of width 64.
+
+    Args:
+        tokenizer: Its tokenizer.
+        trained: With the shipped weights, which know the words' meanings, else untrained.
+    """
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    return CLIPTextModel(
+    made: Any = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
             hidden_size=WIDTH,
@@ -111,6 +119,10 @@ def make_text_encoder(tokenizer: "CLIPTokenizer") -> "CLIPTextModel":
             pad_token_id=tokenizer.pad_token_id,
         )
     )
+    if trained:
+        made.load_state_dict(_shipped("text_encoder."))
+    encoder: CLIPTextModel = made.eval()
+    return encoder
 
 
 def make_unet() -> "UNet2DConditionModel":
@@ -186,31 +198,35 @@ def load_classifiers(device: str | torch.device = "cpu") -> tuple[Classifier, Cl
     return made[0], made[1]
 
 
-def load_original(model: nn.Module, recipe: str) -> bool:
-    """Load the shipped original into a mini pipeline's model, if that very recipe made it.
+def load_original(model: "DiffusionModel", recipe: str) -> bool:
+    """Load the shipped denoiser into a mini pipeline's model, if that very recipe made it.
 
     Args:
-        model: A `DiffusionModel` of the mini pipeline.
+        model: The mini pipeline's model.
         recipe: What decides its weights, as `ship_original` was given it.
 
     Returns:
         Whether it was loaded; the model is as it was if not.
     """
-    path = ASSETS / "original.safetensors"
-    if not path.is_file():
+    if not ORIGINAL.is_file():
         return False
-    with safe_open(str(path), "pt") as opened:
+    with safe_open(str(ORIGINAL), "pt") as opened:
         if (opened.metadata() or {}).get("recipe") != recipe:
             return False
-    fit_state(model, {name: value.float() for name, value in load_file(path).items()}, path)
+    fit_state(model.denoiser, shipped_unet(), ORIGINAL)
     return True
 
 
-def ship_original(model: nn.Module, recipe: str, path: Path) -> None:
-    """Write a trained mini pipeline's denoiser and text encoder in half precision."""
+def shipped_unet() -> dict[str, Tensor]:
+    """Return the weights of the shipped original's UNet, float32."""
+    return {name: value.float() for name, value in load_file(ORIGINAL).items()}
+
+
+def ship_original(model: "DiffusionModel", recipe: str, path: Path) -> None:
+    """Write a trained mini pipeline's denoiser, all that training changes, in half precision."""
     state = {
-        name: (value.half() if value.is_floating_point() else value).detach().cpu().contiguous()
-        for name, value in model.state_dict().items()
+        name: value.half().detach().cpu().contiguous()
+        for name, value in model.denoiser.state_dict().items()
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(state, path, {"recipe": recipe})
@@ -243,7 +259,7 @@ def make_scheduler() -> "DDIMScheduler":
 
 
 def make_pipeline(seed: int) -> "StableDiffusionPipeline":
-    """Return a pipeline with the shipped autoencoder; text encoder and UNet follow the seed."""
+    """Return a pipeline with the shipped autoencoder and text encoder; the UNet is untrained."""
     from diffusers import StableDiffusionPipeline
 
     with torch.random.fork_rng(devices=[]):

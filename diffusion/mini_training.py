@@ -1,15 +1,15 @@
-"""Train what the mini world ships: its autoencoder and its two classifiers.
+"""Train what the mini world ships: text encoder, autoencoder and its two classifiers.
 
     python -m mmforget.diffusion.mini_training --out diffusion/assets/mini.safetensors --seed 0
 
-About 15 minutes on one core. They are trained on drawings of other worlds than the one that a
-benchmark draws (data.seed 0), and know nothing of a request; denoiser and text encoder are trained
-by the benchmark itself.
+About 15 minutes on one core (`--only text` replaces the text encoder of an existing file in
+seconds). Images are drawings of other worlds than the one that a benchmark draws (data.seed 0), and
+nothing here knows of a request; the denoiser is trained by the benchmark itself.
 """
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,13 +17,20 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, interpolate
+from torch.nn.functional import cross_entropy, interpolate, normalize
 
 from mmforget.diffusion import mini
 from mmforget.diffusion.drawings import draw, paint
-from mmforget.diffusion.mini_model import PIXELS, make_autoencoder, make_classifier
+from mmforget.diffusion.mini_model import (
+    PIXELS,
+    WIDTH,
+    make_autoencoder,
+    make_classifier,
+    make_text_encoder,
+    make_tokenizer,
+)
 from mmforget.progress import progress
 from mmforget.rng import derive, generator
 
@@ -33,6 +40,8 @@ WORLDS = (1001, 1002, 1003)  # seeds of the drawings that are trained on
 HELD_OUT = 2001
 CODEC_STEPS, CODEC_BATCH, CODEC_LR = 1500, 24, 3e-3
 CLASSIFIER_STEPS, CLASSIFIER_BATCH, CLASSIFIER_LR = 400, 96, 4e-3
+TEXT_STEPS, TEXT_BATCH, TEXT_LR = 200, 64, 2e-3
+WORD_WEIGHT = 1.0  # of telling words apart; 0 would make synonyms one and the same to the denoiser
 
 
 @dataclass(frozen=True)
@@ -70,6 +79,98 @@ def drawings(worlds: tuple[int, ...], count: int = mini.IMAGES) -> Drawings:
     large = torch.from_numpy(np.stack(images)).float() / 127.5 - 1.0
     small = interpolate(large, size=PIXELS, mode="area")
     return Drawings(small, torch.tensor(styles), torch.tensor(objects))
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Captions, and what has been named at each of their tokens.
+
+    Attributes:
+        ids: int64 [N, T].
+        named: For "style" and "object" the concept named so far, int64 [N, T]; 0 is none.
+        words: The same for the very word that named it.
+    """
+
+    ids: Tensor
+    named: Mapping[str, Tensor]
+    words: Mapping[str, Tensor]
+
+
+def reading(tokenizer: Any) -> Reading:
+    """Return every caption of the mini world as the text encoder reads it."""
+    lines = sorted(
+        {text for s in mini.THEMES for o in mini.OBJECTS for text in mini.captions(s, o)}
+    )
+    ids = torch.tensor(tokenizer(lines, padding="max_length", truncation=True)["input_ids"])
+    kinds = {"style": mini.THEMES, "object": mini.OBJECTS}
+    named, words = {}, {}
+    for kind, names in kinds.items():
+        concept = torch.zeros(len(tokenizer), dtype=torch.int64)
+        word = torch.zeros(len(tokenizer), dtype=torch.int64)
+        for k, name in enumerate(names):
+            for said in mini.SYNONYMS[name]:
+                (*_, last) = tokenizer(said, add_special_tokens=False)["input_ids"]
+                concept[last], word[last] = k + 1, int(word.max()) + 1
+        said_here = concept[ids] > 0
+        place = torch.where(said_here, torch.arange(ids.shape[1]), 0).cummax(dim=1).values
+        so_far = ids.gather(1, place)  # the last word of this kind up to here
+        named[kind], words[kind] = concept[so_far], word[so_far]
+    return Reading(ids, named, words)
+
+
+def train_text_encoder(steps: int, seed: int) -> Any:
+    """Train the text encoder to tell at each token which style and object have been named so far.
+
+    As CLIP's, it has learned what words mean before any image is drawn, and stays as it is when the
+    denoiser is trained. It tells synonyms of a concept from each other too, so that they are near
+    but not the same: an edit that forgets one of them need not reach the others.
+
+    Args:
+        steps: Optimiser steps.
+        seed: Seed of weights and order.
+    """
+    torch.manual_seed(derive(seed, "text") % 2**63)
+    rng = generator(seed, "text", "order")
+    tokenizer = make_tokenizer()
+    held = reading(tokenizer)
+    made: Any = make_text_encoder(tokenizer, trained=False).train()
+    heads = nn.ModuleList()
+    targets: list[tuple[nn.Module, Tensor, float]] = []
+    for found, weight in ((held.named, 1.0), (held.words, WORD_WEIGHT)):
+        for target in found.values():
+            head = nn.Linear(WIDTH, int(target.max()) + 1)
+            heads.append(head)
+            targets.append((head, target, weight))
+    weights = [*made.parameters(), *heads.parameters()]
+    optimizer = torch.optim.AdamW(weights, lr=TEXT_LR)
+    for _, rows in _steps(optimizer, len(held.ids), TEXT_BATCH, steps, rng, "text encoder"):
+        hidden = made(held.ids[rows]).last_hidden_state
+        losses = [
+            weight * cross_entropy(head(hidden).flatten(0, 1), target[rows].flatten())
+            for head, target, weight in targets
+        ]
+        torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    return made.eval()
+
+
+@torch.no_grad()
+def likeness(encoder: Any) -> tuple[float, float]:
+    """Return how alike prompts of one style are, and of two: mean cosines about the mean."""
+    tokenizer = make_tokenizer()
+    texts = [
+        [mini.OFFICIAL.format(object="Cats", style=said) for said in mini.SYNONYMS[style]]
+        for style in mini.STYLES
+    ]
+    flat = [text for row in texts for text in row]
+    ids = torch.tensor(tokenizer(flat, padding="max_length")["input_ids"])
+    found = encoder(ids).last_hidden_state.flatten(1)
+    unit = normalize(found - found.mean(dim=0), dim=1)
+    cosine = unit @ unit.T
+    group = torch.arange(len(flat)) // len(texts[0])
+    same = (group[:, None] == group[None]) & ~torch.eye(len(flat), dtype=torch.bool)
+    other = group[:, None] != group[None]
+    return float(cosine[same].mean()), float(cosine[other].mean())
 
 
 def train_autoencoder(data: Drawings, steps: int, seed: int) -> Any:
@@ -175,9 +276,33 @@ def main(
     out: Annotated[Path, typer.Option(help="The file to write.")],
     seed: Annotated[int, typer.Option(help="Seed of all of it.")] = 0,
     steps: Annotated[float, typer.Option(help="Share of the full training, for trials.")] = 1.0,
+    only: Annotated[str, typer.Option(help="`text`: train the text encoder alone, into OUT.")] = "",
 ) -> None:
-    """Train autoencoder and classifiers, write them in half precision, say how good they are."""
+    """Train what is shipped, write it in half precision, and say how good it is."""
     torch.set_num_threads(1)  # the same sums in the same order on every machine
+    if only not in ("", "text"):
+        raise typer.BadParameter(f"--only {only}: accepted is text")
+    state: dict[str, Tensor] = {}
+    if only:
+        kept = load_file(out).items()
+        state |= {name: value for name, value in kept if not name.startswith("text_encoder.")}
+    else:
+        state |= _seeing(steps, seed)
+    encoder = train_text_encoder(max(1, round(steps * TEXT_STEPS)), seed)
+    same, other = likeness(encoder)
+    typer.echo(f"text encoder: cosine {same:.2f} of words of one style, {other:.2f} of two styles")
+    state |= {f"text_encoder.{name}": value for name, value in encoder.state_dict().items()}
+    half = {
+        name: (value.half() if value.is_floating_point() else value).contiguous()
+        for name, value in state.items()
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save_file(half, out, {"seed": str(seed), "steps": str(steps)})
+    typer.echo(f"{out}: {out.stat().st_size / 1e6:.2f} MB")
+
+
+def _seeing(steps: float, seed: int) -> dict[str, Tensor]:
+    """Train autoencoder and classifiers; return their weights."""
     data, unseen = drawings(WORLDS), drawings((HELD_OUT,), 5)
     codec = train_autoencoder(data, max(1, round(steps * CODEC_STEPS)), seed)
     error = float((reconstructed(codec, unseen.images) - unseen.images).abs().mean())
@@ -197,13 +322,7 @@ def main(
             ]
         typer.echo(f"{name}: {right[0]:.3f} of unseen drawings, {right[1]:.3f} after the codec")
         state |= {f"{name}.{key}": value for key, value in made.state_dict().items()}
-    half = {
-        name: (value.half() if value.is_floating_point() else value).contiguous()
-        for name, value in state.items()
-    }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    save_file(half, out, {"seed": str(seed), "steps": str(steps)})
-    typer.echo(f"{out}: {out.stat().st_size / 1e6:.2f} MB")
+    return state
 
 
 if __name__ == "__main__":

@@ -16,11 +16,13 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from mmforget.diffusion import attack_page
 from mmforget.diffusion.answers import Ordered
 from mmforget.diffusion.metrics import generated
 from mmforget.diffusion.models import DiffusionModel
 from mmforget.record import RunResult, write_text, writing
 from mmforget.report.section import Section
+from mmforget.report.svg import SERIES
 from mmforget.types import Trial
 
 SIDE = 128  # pixels of a picture on the page
@@ -95,7 +97,8 @@ def sheet(images: npt.NDArray[np.uint8]) -> Image.Image:
 def sections(runs: Sequence[RunResult]) -> list[Section]:
     """Return the sections of this modality that the runs have samples for."""
     found = [_pictures(runs), _plane(runs), _sequence(runs)]
-    return [section for section in found if section is not None]
+    ranked = sorted(runs, key=_rank)
+    return [section for section in found if section is not None] + attack_page.sections(ranked)
 
 
 def _pictures(runs: Sequence[RunResult]) -> Section | None:
@@ -163,8 +166,6 @@ def _told(runs: Sequence[RunResult]) -> list[tuple[RunResult, Mapping[str, Any],
 
 def _plane(runs: Sequence[RunResult]) -> Section | None:
     """Return the plane of forgetting (UA) and retention (mean of IRA and CRA)."""
-    from mmforget.report.svg import series
-
     points = []
     for run in sorted(runs, key=_rank):
         values = [run.metrics.get(f"canvas/{name}") for name in ("UA", "IRA", "CRA")]
@@ -202,7 +203,7 @@ def _plane(runs: Sequence[RunResult]) -> Section | None:
     taken: list[float] = []
     for k, (name, (run, ua, kept)) in enumerate(zip(names, points, strict=True)):
         x, y = place(ua, kept)
-        colour = "var(--fg)" if run.method in FIRST else series(k - 1)
+        colour = "var(--fg)" if run.method in FIRST else _colour(k - 1)
         label = y + 4
         while any(abs(label - other) < 13 for other in taken):
             label += 13
@@ -231,8 +232,6 @@ def _plane(runs: Sequence[RunResult]) -> Section | None:
 
 def _sequence(runs: Sequence[RunResult]) -> Section | None:
     """Return curves of a sequence: UA of each target and what is kept, request by request."""
-    from mmforget.report.svg import series
-
     charts = []
     told = [
         run
@@ -246,7 +245,7 @@ def _sequence(runs: Sequence[RunResult]) -> Section | None:
         lines: list[tuple[str, str, list[tuple[int, float]]]] = [
             (
                 target,
-                series(t),
+                _colour(t),
                 [
                     (k, found.value)
                     for k in range(1, count + 1)
@@ -316,6 +315,11 @@ def _spread(orders: Sequence[Ordered]) -> list[Ordered]:
     """Return up to six images spread evenly over a group."""
     count = min(EACH, len(orders))
     return [orders[round(i)] for i in np.linspace(0, len(orders) - 1, count).tolist()]
+
+
+def _colour(slot: int) -> str:
+    """Return the page's colour of a method or line."""
+    return f"var(--c{slot % SERIES})"
 
 
 def _rank(run: RunResult) -> tuple[int, str]:

@@ -19,6 +19,7 @@ from mmforget.cli.base import CacheDir, ConfigDir, Json, Words, verb
 from mmforget.cli.training import Out, Retrain, script, train_model, write_model
 from mmforget.diffusion.benchmarks.base import DiffusionBenchmark
 from mmforget.diffusion.mini_model import ship_original
+from mmforget.diffusion.models import DiffusionModel
 
 app = script()
 
@@ -42,10 +43,10 @@ def train(
     loss = {split: float(made.view.numbers(split)["loss"].mean()) for split in splits}
     write_model(made, out, "loss", loss, json_output)
     if ship is not None and made.engine.is_main:
-        bench = made.bench.benchmark
-        assert isinstance(bench, DiffusionBenchmark)
+        bench, model = made.bench.benchmark, made.view.model
+        assert isinstance(bench, DiffusionBenchmark) and isinstance(model, DiffusionModel)
         recipe = bench.recipe_text(made.bench.splits.train, made.recipe.seeds.train)
-        ship_original(made.view.model, recipe, ship)
+        ship_original(model, recipe, ship)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from mmforget.engine import Engine, Runtime
 from mmforget.errors import ConfigError
 from mmforget.pipeline import Pipeline, replay, run_all
 from mmforget.record import RunResult, find_runs, load_run
-from mmforget.registry import METHODS, load_plugins
+from mmforget.registry import METHODS, OPENERS, load_plugins
 from mmforget.schema import instantiate
 from mmforget.types import Adapter, Splits, UnlearningMethod
 
@@ -140,7 +140,8 @@ def attack(
     Args:
         target: A run, its folder, or a checkpoint.
         attack: One or several registry names.
-        benchmark: Registry name, for a checkpoint; a run knows its own.
+        benchmark: Registry name, for a checkpoint; a run knows its own, and so does a path that a
+            modality knows (a diffusers pipeline folder).
         runs: Root of the run folders, for a checkpoint.
         cache: Folder of trained models and decoded data; None takes the default one.
         plugins: Python files that register more entries.
@@ -153,11 +154,55 @@ def attack(
     place = target.folder if isinstance(target, RunResult) else Path(target)
     if not is_run(place):
         if benchmark is None:
-            raise ConfigError(f"{place} is no run folder: name the benchmark of the checkpoint")
+            return attack_path(place, words({"attack": attack, **values}), runs, cache)
         return evaluate(
             place, benchmark, attack=attack, runs=runs, cache=cache, plugins=plugins, **values
         )
     return again(place, words({"attack": attack, **values}), cache)
+
+
+def evaluate_path(
+    target: Path,
+    words: Sequence[str],
+    runs: PathLike,
+    cache: PathLike | None,
+    config_dir: Path | None = None,
+) -> RunResult:
+    """Evaluate and attack a checkpoint, as words of the command line say.
+
+    Raises:
+        ConfigError: There is no such path, or the words name a method.
+    """
+    if not target.exists():
+        raise ConfigError(f"{target}: no such file or folder. Give a run's folder or a checkpoint")
+    made = plan(["method=original", *words], config_dir)
+    if made.method != "original":
+        raise ConfigError(f"method={made.method}: a checkpoint is evaluated as it is; leave it out")
+    return _pipeline(runs, cache).evaluate(made, target)
+
+
+def attack_path(
+    target: Path,
+    words: Sequence[str],
+    runs: PathLike,
+    cache: PathLike | None,
+    config_dir: Path | None = None,
+) -> RunResult:
+    """Attack a checkpoint; without a benchmark among the words, as its modality knows it.
+
+    Raises:
+        ConfigError: There is no such path, or nothing known lies there and no benchmark is named.
+    """
+    if any(word.startswith("benchmark=") for word in words) or not target.exists():
+        return evaluate_path(target, words, runs, cache, config_dir)
+    for name in OPENERS:
+        opened = OPENERS.get(name)(target, words)
+        if opened is None:
+            continue
+        if opened.checkpoint is not None:
+            return evaluate_path(opened.checkpoint, opened.words, runs, cache, config_dir)
+        return _pipeline(runs, cache).run(plan(["method=original", *opened.words], config_dir))
+    return evaluate_path(target, words, runs, cache, config_dir)
 
 
 def write_report(

@@ -220,7 +220,17 @@ def load_config(path: Path, words: Sequence[str] = ()) -> Plan:
         if _selects(override):
             raise ConfigError(f"{override.input_line}: --config fixes it; change single keys only")
     known = list(_section(values, "attack")) if "attack" in values else None
+    values["attack"] = {**_mini_attacks(values), **_section(values, "attack")}
     return _listed(_compose(literal(values), [], parsed, None), parsed, known)
+
+
+def _mini_attacks(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that attacks have on a benchmark's mini world, if a config is of one."""
+    name, source = _section(values, "benchmark").get("name"), _section(values, "data").get("source")
+    path = config_file("mini", str(name)) if source == "mini" else None
+    if path is None:
+        return {}
+    return dict(_section(yaml.safe_load(path.read_text()), "attack"))
 
 
 def literal(value: Any) -> Any:

@@ -346,18 +346,18 @@ class _Runner:
         return {"metrics": {k: asdict(v) for k, v in metrics.items()}, "notes": notes}
 
     def _attack(self, name: str) -> dict[str, Any]:
-        trial = self._trial()
+        kept = self.place.folder / "attacks" / name.replace("/", ".")
+        trial = replace(self._trial(), folder=kept)
         attack = ATTACKS.get(name)(self.plan.attacks[name])
-        missing = attack.needs - set(trial.view.numbers("forget"))
+        missing = attack.needs and attack.needs - set(trial.view.numbers("forget"))
         if missing:
             return {"result": None, "notes": [f"attack {name} left out: no {', '.join(missing)}"]}
         budget = attack.budget()
         result = attack.run(trial, budget)
         if self.engine.is_main and result.targets:
-            path = self.place.folder / "attacks" / f"{name.replace('/', '.')}.npz"
-            save_arrays(path, {"": result.targets})
-        kept = {key: value for key, value in asdict(budget).items() if value is not None}
-        return {"result": encode_result(replace(result, budget=kept)), "notes": []}
+            save_arrays(kept.with_name(f"{kept.name}.npz"), {"": result.targets})
+        spent = {key: value for key, value in asdict(budget).items() if value is not None}
+        return {"result": encode_result(replace(result, budget=spent)), "notes": []}
 
     def _trial(self) -> Trial:
         plan, bench, workbench = self.plan, self.bench, self.workbench

@@ -10,7 +10,7 @@ import importlib.metadata
 import importlib.util
 import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 from mmforget.errors import ConfigError, MissingDependencyError, MMForgetError, unknown
 
 if TYPE_CHECKING:
-    from mmforget.types import Attack, Benchmark, Metric, UnlearningMethod
+    from mmforget.types import Attack, Benchmark, Metric, Opened, UnlearningMethod
 
 logger = logging.getLogger(__name__)
 
@@ -220,6 +220,9 @@ ATTACKS: "Registry[type[Attack[Any]]]" = Registry(
         "relearn": f"{_A}.relearn:Relearn",
     },
 )
+# What a modality makes of `mmforget attack PATH ...` where no benchmark is named: a function of the
+# path and the words that returns an `Opened`, or None if the path is nothing it knows.
+OPENERS: "Registry[Callable[[Path, Sequence[str]], Opened | None]]" = Registry("opener", {})
 REGISTRIES: dict[str, Registry[Any]] = {
     "methods": METHODS,
     "benchmarks": BENCHMARKS,
@@ -231,4 +234,4 @@ REGISTRIES: dict[str, Registry[Any]] = {
 for _modality in MODALITIES:
     _entries: dict[str, dict[str, str]] = importlib.import_module(f"mmforget.{_modality}").ENTRIES
     for _kind, _table in _entries.items():
-        REGISTRIES[_kind].extend(_table)
+        (OPENERS if _kind == "openers" else REGISTRIES[_kind]).extend(_table)

@@ -641,6 +641,7 @@ class Trial:
         lab: Shadow models and the device.
         steps: Views of the model after each stage of a sequence of requests, the last one being
             `view`; empty where there is only one.
+        folder: Where an attack keeps what it found and what resuming needs; None: nowhere.
     """
 
     view: ModelView
@@ -653,6 +654,7 @@ class Trial:
     benchmark: Benchmark
     lab: Lab
     steps: Sequence[ModelView] = ()
+    folder: Path | None = None
 
 
 class Metric(ABC):
@@ -701,6 +703,18 @@ class Attack(ABC, Generic[ConfigT]):
     @abstractmethod
     def run(self, trial: Trial, budget: Budget) -> AttackResult:
         """Attack within the budget; return outcomes per target and what was found."""
+
+
+class Opened(NamedTuple):
+    """How a path is attacked that a modality knows without a benchmark being named.
+
+    Attributes:
+        words: Override words in full, those that name the benchmark and the model among them.
+        checkpoint: What is attacked, if it is not the model of the words itself.
+    """
+
+    words: list[str]
+    checkpoint: Path | None
 
 
 def require_finite(tensor: Tensor) -> bool:

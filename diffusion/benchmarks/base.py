@@ -17,8 +17,12 @@ from torch import nn
 from mmforget.checkpoint import state_sha
 from mmforget.diffusion import checkpoints
 from mmforget.diffusion.answers import Ordered
+from mmforget.diffusion.attacks.arena import Aims
+from mmforget.diffusion.attacks.examples import Example
+from mmforget.diffusion.judges import Judge
 from mmforget.diffusion.models import DiffusionModel, open_pipeline
 from mmforget.diffusion.noise import Sampling
+from mmforget.diffusion.zero_shot import JudgeConfig, Means, make_judge
 from mmforget.engine import Engine
 from mmforget.errors import ConfigError
 from mmforget.options import option
@@ -46,7 +50,7 @@ class ModelConfig:
     )
     init: str = option(
         "pretrained",
-        "where training starts: pretrained weights, or scratch (the mini: always scratch)",
+        "where the denoiser's training starts: pretrained weights, or scratch (the mini: always)",
         choices=("pretrained", "scratch"),
     )
     dtype: str = option("float32", "weights when loaded", choices=tuple(DTYPES))
@@ -101,6 +105,56 @@ class DiffusionBenchmark(Benchmark):
         benchmark may have more.
         """
 
+    @abstractmethod
+    def examples(self) -> Sequence[Example]:
+        """Return the prompts that attacks start from: the original draws for them what was erased.
+
+        An example's label says which of several targets it names.
+        """
+
+    @abstractmethod
+    def judge_of(self, label: str | None) -> tuple[JudgeConfig, Means]:
+        """Return the judge of pictures of a target, and what judges are made of."""
+
+    def pairs(self) -> Sequence[tuple[str, str]]:
+        """Return prompts with the erased concept and the same without it."""
+        return ()
+
+    @property
+    def target_sampling(self) -> Sampling:
+        """How the original draws the target pictures of attacks."""
+        return self.sampling
+
+    @property
+    def target_pictures(self) -> Path | None:
+        """Folder of target pictures in place of the original's."""
+        return None
+
+    def aims(self, judge: JudgeConfig) -> Aims:
+        """Return what attacks on prompts aim at.
+
+        Args:
+            judge: The judge that the attack names; its kind is None: the benchmark's own.
+        """
+        made: dict[str | None, Judge] = {}
+
+        def of(example: Example) -> Judge:
+            label = example.label
+            if label not in made:
+                own, means = self.judge_of(label)
+                made[label] = make_judge(own if judge.kind is None else judge, means)
+            return made[label]
+
+        return Aims(
+            examples=self.examples(),
+            judge=of,
+            sampling=self.sampling,
+            targets=self.target_sampling,
+            pictures=self.target_pictures,
+            pairs=self.pairs(),
+            store=self.store,
+        )
+
     def related(self, model: DiffusionModel) -> set[str]:
         """Return names of `retain` images whose concepts are nearest to the erased one.
 
@@ -108,6 +162,11 @@ class DiffusionBenchmark(Benchmark):
             model: The original, whose text encoder tells what is near.
         """
         return set()
+
+    @property
+    def device(self) -> torch.device:
+        """Where models run."""
+        return torch.device("cpu") if self.engine is None else self.engine.device
 
     @property
     def judges(self) -> Judges:
@@ -140,6 +199,7 @@ class DiffusionBenchmark(Benchmark):
         self, engine: Engine, model: nn.Module, data: Dataset, seed: int, state: Path | None
     ) -> nn.Module:
         """Train by the recipe; the mini world's own original takes minutes, so it is shipped."""
+        assert isinstance(model, DiffusionModel)
         if self.model.name == "mini":
             from mmforget.diffusion import mini_model
 
@@ -202,16 +262,12 @@ class DiffusionBenchmark(Benchmark):
 
 
 def reset(model: DiffusionModel, seed: int) -> None:
-    """Give denoiser and text encoders freshly drawn weights, as their libraries initialise them."""
+    """Draw the denoiser's weights anew, as its library initialises them; text encoders stay."""
+    denoiser = model.denoiser
     with torch.random.fork_rng(devices=[]):
-        for name in (model.denoiser_name, *model.text_encoders):
-            old = getattr(model, name)
-            torch.manual_seed(derive(seed, name) % 2**63)
-            kind = type(old)
-            made = (
-                kind.from_config(old.config) if hasattr(kind, "from_config") else kind(old.config)
-            )
-            old.load_state_dict(made.state_dict())
+        torch.manual_seed(derive(seed, model.denoiser_name) % 2**63)
+        made = type(denoiser).from_config(denoiser.config)
+    denoiser.load_state_dict(made.state_dict())
 
 
 def _placed(engine: Engine, model: DiffusionModel) -> DiffusionModel:

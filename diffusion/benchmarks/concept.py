@@ -13,23 +13,26 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from mmforget.checkpoint import state_sha
 from mmforget.diffusion import page
 from mmforget.diffusion.adapter import DiffusionAdapter
-from mmforget.diffusion.answers import Ordered, fill, fingerprint, place_of
+from mmforget.diffusion.answers import Ordered, fill, fingerprint, picture_name, place_of
+from mmforget.diffusion.attacks.examples import Example
 from mmforget.diffusion.benchmarks.base import DiffusionBenchmark, Judges
 from mmforget.diffusion.concepts import Concept, Erasure, check_texts
 from mmforget.diffusion.data import CaptionedLatents, encode_table
 from mmforget.diffusion.noise import Sampling
 from mmforget.diffusion.prompts import read_prompts
+from mmforget.diffusion.zero_shot import JudgeConfig, Means
 from mmforget.errors import ConfigError
 from mmforget.images import ImageFile, open_images
 from mmforget.options import option
 from mmforget.record import RunResult
 from mmforget.report.section import Section
 from mmforget.rng import derive
+from mmforget.sources import mini_world
 from mmforget.types import Dataset, Splits, Stage, Subset, Training, Trial
 
 logger = logging.getLogger(__name__)
@@ -90,6 +93,26 @@ class ConceptConfig:
     )
     judges: Judges = option(Judges(), "evaluation models")
     training: Training = option(Training(epochs=0), "the pipeline is the original: 0 epochs")
+
+
+class Drawn(NamedTuple):
+    """One picture that the original draws as data.
+
+    Attributes:
+        id: Its id; of a forgotten one it begins with its concept's number and a dot.
+        prompt: Its prompt and caption.
+        anchor: The caption with the anchor in the concept's place.
+        seed: Its seed.
+        forgotten: Whether it shows an erased concept.
+        unseen: Whether no method sees it.
+    """
+
+    id: str
+    prompt: str
+    anchor: str
+    seed: int
+    forgotten: bool
+    unseen: bool
 
 
 class AnyConcept(DiffusionBenchmark):
@@ -181,6 +204,28 @@ class AnyConcept(DiffusionBenchmark):
             found.append(Stage(part, self.erasure([name]), name))
         return found
 
+    def drawn(self) -> Sequence[Drawn]:
+        """Return the pictures that stand for the data, to be drawn by the original."""
+        erasure, count = self.erasure(self.concepts), self.data.images
+        rows = [
+            (f"{c}.{p}/{concept.name}", prompt, anchor, True)
+            for c, concept in enumerate(erasure.concepts)
+            for p, (prompt, anchor) in enumerate(zip(concept.prompts, concept.anchors, strict=True))
+        ]
+        rows += [(f"kept.{p}", prompt, "", False) for p, prompt in enumerate(erasure.retain)]
+        return [
+            Drawn(
+                f"{name}/{k}",
+                prompt,
+                anchor,
+                derive(k, "draw", prompt) % 2**31,  # none of the evaluation's
+                forgotten,
+                k >= count - max(1, count // 4),
+            )
+            for name, prompt, anchor, forgotten in rows
+            for k in range(count)
+        ]
+
     def splits(self) -> Splits:
         """Draw and encode the original's pictures of the request; see `Benchmark.splits`."""
         erasure, base = self.erasure(self.concepts), self.base
@@ -190,50 +235,37 @@ class AnyConcept(DiffusionBenchmark):
         check_texts(
             (*erasure.preserve, *filter(None, erasure.retain)), base.count_tokens, base.window
         )
-        rows: list[tuple[str, str, str, bool]] = []  # id, prompt, anchor, forgotten
-        for c, concept in enumerate(erasure.concepts):
-            for p, (prompt, anchor) in enumerate(
-                zip(concept.prompts, concept.anchors, strict=True)
-            ):
-                rows.append((f"{c}.{p}/{concept.name}", prompt, anchor, True))
-        rows += [(f"kept.{p}", prompt, "", False) for p, prompt in enumerate(erasure.retain)]
-        count = self.data.images
-        orders, captions, anchors, gone, unseen = [], [], [], [], []
-        for _, prompt, anchor, forgotten in rows:
-            for k in range(count):  # requests share a folder, so a name says its prompt
-                seed = derive(k, "draw", prompt) % 2**31  # none of the evaluation's
-                orders.append(Ordered(f"{_key(prompt)}_{k:03d}.png", prompt, seed))
-                captions.append([prompt])
-                anchors.append([anchor] if forgotten else [])
-                gone.append(forgotten)
-                unseen.append(k >= count - max(1, count // 4))
-        made = {**fingerprint(base, self.sampling), "drawn": "training"}
+        rows = self.drawn()
+        orders = [Ordered(picture_name(r.prompt, r.seed), r.prompt, r.seed) for r in rows]
+        settings = self.target_sampling
+        made = fingerprint(base, settings)
         folder = place_of(self.store, made)
         share = (0, 1) if self.engine is None else (self.engine.rank, self.engine.world)
         label = "draw training images"
-        fill(folder, base, orders, self.sampling, label=label, share=share, made=made)
+        fill(folder, base, orders, settings, label=label, share=share, made=made)
         if self.engine is not None:
             self.engine.barrier()
-        ids = [f"{rows[i // count][0]}/{i % count}" for i in range(len(orders))]
         files = [
-            ImageFile(name, folder / order.name, order.prompt)
-            for name, order in zip(ids, orders, strict=True)
+            ImageFile(row.id, folder / order.name, order.prompt)
+            for row, order in zip(rows, orders, strict=True)
         ]
-        size = self.sampling.size or base.latent_shape[1] * base.scale_factor
+        size = settings.size or base.latent_shape[1] * base.scale_factor
         table = open_images(files, size, self.store)
         self._revision = hashlib.sha256("\n".join(table.digests).encode()).hexdigest()
         moments = encode_table(base, table, self.store)
+        captions = [[row.prompt] for row in rows]
+        anchors = [[row.anchor] if row.forgotten else [] for row in rows]
         data = CaptionedLatents(table.ids, table.digests, moments, captions, anchors)
         self.adapter = DiffusionAdapter(base.noising, base.scale_latents)
 
-        def chosen(forget: bool, new: bool) -> Dataset:
-            pairs = zip(gone, unseen, strict=True)
-            return Subset(data, [i for i, pair in enumerate(pairs) if pair == (forget, new)])
+        def chosen(forgotten: bool, unseen: bool) -> Dataset:
+            kind = (forgotten, unseen)
+            return Subset(data, [i for i, r in enumerate(rows) if (r.forgotten, r.unseen) == kind])
 
         return Splits(
             forget=chosen(True, False),
             retain=chosen(False, False),
-            train=Subset(data, [i for i, new in enumerate(unseen) if not new]),
+            train=Subset(data, [i for i, row in enumerate(rows) if not row.unseen]),
             holdout=chosen(True, True),
             test=chosen(False, True),
         )
@@ -249,7 +281,7 @@ class AnyConcept(DiffusionBenchmark):
         groups = {"forget": forget, "retain": list(erasure.retain)}
         found = {
             group: [
-                Ordered(f"{_key(prompt)}_seed{seed}.png", prompt, seed)
+                Ordered(picture_name(prompt, seed), prompt, seed)
                 for prompt, seed in product(prompts, self.config.seeds)
             ]
             for group, prompts in groups.items()
@@ -257,6 +289,34 @@ class AnyConcept(DiffusionBenchmark):
         if self.further:
             found["prompts"] = [order for order, _ in self.further]
         return found
+
+    def examples(self) -> Sequence[Example]:
+        """Return every concept's prompts at the evaluation's seeds."""
+        concepts = self.erasure(self.concepts).concepts
+        found = [
+            (concept.name, prompt, seed)
+            for concept in concepts
+            for prompt, seed in product(concept.prompts, self.config.seeds)
+        ]
+        return [
+            Example(f"{name}/{_key(prompt)}/{seed}", prompt, seed, None, row, name)
+            for row, (name, prompt, seed) in enumerate(found)
+        ]
+
+    def judge_of(self, label: str | None) -> tuple[JudgeConfig, Means]:
+        """Return CLIP zero-shot: the concept against what is preserved and what replaces it."""
+        erasure = self.erasure(self.concepts)
+        named = {concept.name: concept for concept in erasure.concepts}
+        concept = named.get(label or erasure.concepts[0].name, erasure.concepts[0])
+        style = self.request.kind == "style"
+        others = [f"{name} style" if style else name for name in erasure.preserve]
+        others += [self.request.anchor] if self.request.anchor else []
+        return JudgeConfig("clip"), Means(self.judges, {}, concept.text, others, self.device)
+
+    def pairs(self) -> Sequence[tuple[str, str]]:
+        """Return every concept's prompts and the same with the anchor."""
+        concepts = self.erasure(self.concepts).concepts
+        return [pair for c in concepts for pair in zip(c.prompts, c.anchors, strict=True)]
 
     @cached_property
     def further(self) -> list[tuple[Ordered, str | None]]:
@@ -287,13 +347,13 @@ class AnyConcept(DiffusionBenchmark):
         return page.sections(runs)
 
     def _source(self) -> str:
-        if self.model.name == "mini":
-            raise ConfigError(
-                "diffusion/concept draws with a trained pipeline: say model=pipeline "
-                "model.pipeline=FOLDER (the mini one: python -m mmforget.diffusion.train "
-                "benchmark=diffusion/unlearncanvas data=mini --out FOLDER)"
-            )
-        return super()._source()
+        """Return the pipeline's folder or hub id; the mini one is the trained original."""
+        if self.model.name != "mini":
+            return super()._source()
+        from mmforget.diffusion import mini
+
+        folder = self.store / "mini" / f"diffusion-original-v{mini.VERSION}"
+        return str(mini_world(folder, mini.write_original, 0))
 
     def _instead(self, template: str, anchor: str) -> str:
         """Return a template with the anchor; without one, the words around the concept."""

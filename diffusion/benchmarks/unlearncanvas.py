@@ -18,6 +18,7 @@ import torch
 from mmforget.diffusion import canvas, page
 from mmforget.diffusion.adapter import DiffusionAdapter
 from mmforget.diffusion.answers import Ordered
+from mmforget.diffusion.attacks.examples import Example
 from mmforget.diffusion.benchmarks.base import DiffusionBenchmark, Judges
 from mmforget.diffusion.canvas import PHOTOS, CanvasRow, answer_name, spaced
 from mmforget.diffusion.classifiers import Classifier, ClassifierConfig, load_classifier
@@ -26,6 +27,7 @@ from mmforget.diffusion.data import CaptionedLatents, encode_table
 from mmforget.diffusion.models import DiffusionModel
 from mmforget.diffusion.noise import Sampling
 from mmforget.diffusion.scores import nearest
+from mmforget.diffusion.zero_shot import JudgeConfig, Means
 from mmforget.errors import ConfigError, SplitError, unknown
 from mmforget.images import ImageFile, open_images
 from mmforget.options import option
@@ -309,6 +311,38 @@ class UnlearnCanvas(DiffusionBenchmark):
             gone = any(target.holds(style, name) for target in self.targets)
             groups["forget" if gone else "retain"].append(order)
         return groups
+
+    def examples(self) -> Sequence[Example]:
+        """Return the answers of all targets as prompts to attack, the first seed's first."""
+        found: list[Example] = []
+        for order in self.image_sets()["forget"]:
+            style, name, _ = canvas.parse_answer_name(order.name)
+            target = next(t for t in self.targets if t.holds(style, name))
+            stem = order.name.rpartition(".")[0]
+            row = len(found)
+            found.append(Example(stem, order.prompt, order.seed, None, row, target.name))
+        return found
+
+    def judge_of(self, label: str | None) -> tuple[JudgeConfig, Means]:
+        """Return the classifier of the target's kind; of a pair, that of its style.
+
+        Raises:
+            ConfigError: The label is no target of the request.
+        """
+        named = {target.name: target for target in self.targets}
+        target = named.get(label or self.targets[-1].name)
+        if target is None:
+            raise ConfigError(unknown("target", str(label), named, "request"))
+        kind = "object" if target.style is None else "style"
+        classifiers = dict(zip(("style", "object"), self.classifiers, strict=True))
+        others = [text for text in self._erasure([target]).preserve if "style" in text]
+        means = Means(self.judges, classifiers, target.style or target.name, others, self.device)
+        return JudgeConfig(kind=kind, label=target.style or target.object), means
+
+    def pairs(self) -> Sequence[tuple[str, str]]:
+        """Return every target's prompts and the same with its anchor."""
+        concepts = [self._concept(target) for target in self.targets]
+        return [pair for c in concepts for pair in zip(c.prompts, c.anchors, strict=True)]
 
     @cached_property
     def classifiers(self) -> tuple[Classifier, Classifier]:

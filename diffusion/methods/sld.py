@@ -61,6 +61,11 @@ class SLDConfig:
         "what names the erased concepts: their short prompts (Van Gogh style), or bare names",
         choices=("text", "name"),
     )
+    reference: bool = option(
+        False,
+        "as UnlearnDiffAtk samples it: the warm-up is compared with the time step's value "
+        "(999 to 0), so guidance acts at once and stops in the end",
+    )
 
 
 class SafetyGuidance(Edit):
@@ -77,6 +82,8 @@ class SafetyGuidance(Edit):
         threshold: See `Strength`.
         momentum: See `Strength`.
         beta: See `Strength`.
+        reference: Guide where the time step's value is not below the warm-up, instead of the
+            step's place: from the first step on, but for the least noisy ones.
     """
 
     kind: ClassVar[str] = "sld"
@@ -90,15 +97,20 @@ class SafetyGuidance(Edit):
         threshold: float,
         momentum: float,
         beta: float,
+        reference: bool = False,
     ) -> None:
         super().__init__()
-        self.concept = concept
+        self.concept, self.reference = concept, reference
         self.strength = Strength(warmup, scale, threshold, momentum, beta)
         self.velocity: Tensor | None = None
 
     def config(self) -> dict[str, Any]:
-        """Return the concept and the strength."""
-        return {"concept": self.concept, **self.strength._asdict()}
+        """Return the concept, the strength and what the warm-up counts."""
+        return {
+            "concept": self.concept,
+            **self.strength._asdict(),
+            "reference": self.reference,
+        }
 
     def begin(
         self, model: DiffusionModel, text: Conditions, negative: Conditions
@@ -124,7 +136,8 @@ class SafetyGuidance(Edit):
         weight = torch.where(gap < chosen.threshold, (gap.abs() * chosen.scale).clamp(max=1.0), 0.0)
         push = weight * (unsafe - plain) + chosen.momentum * self.velocity
         self.velocity = chosen.beta * self.velocity + (1.0 - chosen.beta) * push
-        change = prompt - plain - push if step.index >= chosen.warmup else prompt - plain
+        at = float(step.time) if self.reference else step.index
+        change = prompt - plain - push if at >= chosen.warmup else prompt - plain
         return (plain + step.guidance * change).to(conditional.dtype)
 
 
@@ -147,7 +160,9 @@ class SLD(UnlearningMethod[SLDConfig]):
         assert isinstance(model, DiffusionModel)
         need_guidance(model, ctx.label)
         concept = joined(model, ctx.target, self.config.prompt)
-        edit = SafetyGuidance(concept, **strength(self.config)._asdict())
+        edit = SafetyGuidance(
+            concept, **strength(self.config)._asdict(), reference=self.config.reference
+        )
         model.add_edit(f"sld_{len(model.edits)}", edit)
         return model
 

@@ -112,7 +112,9 @@ def evaluate(
     if is_run(target):
         result = again(target, words or [], cache, fresh="evaluate")
     else:
-        result = _external(target, words or [], runs, cache, config_dir)
+        from mmforget.api import evaluate_path
+
+        result = evaluate_path(target, words or [], runs, cache, config_dir)
     _present([result], json)
 
 
@@ -139,7 +141,9 @@ def attack(
     if is_run(target):
         result = again(target, given, cache)
     else:
-        result = _external(target, given, runs, cache, config_dir)
+        from mmforget.api import attack_path
+
+        result = attack_path(target, given, runs, cache, config_dir)
     _present([result], json)
 
 
@@ -190,21 +194,6 @@ def _all(
                 logger.error("[%d/%d] %s: %s", index, len(todo), plan.method, error)
     console().place = ""
     return done, failures
-
-
-def _external(
-    target: Path, words: "Sequence[str]", runs: Path, cache: Path | None, config_dir: Path | None
-) -> "RunResult":
-    if not target.exists():
-        raise ConfigError(f"{target}: no such file or folder. Give a run's folder or a checkpoint")
-    from mmforget.cache import Cache
-    from mmforget.config import plan
-    from mmforget.pipeline import Pipeline
-
-    made = plan(["method=original", *words], config_dir)
-    if made.method != "original":
-        raise ConfigError(f"method={made.method}: a checkpoint is evaluated as it is; leave it out")
-    return Pipeline(runs, Cache(cache)).evaluate(made, target)
 
 
 def _present(done: "Sequence[RunResult]", json: bool) -> None:

@@ -87,7 +87,7 @@ def test_run_sweep_evaluate_attack_and_report(tmp_path: Path) -> None:
     outside = mmforget.evaluate(file, "toy/points", attack="none", **place, **CPU)
     assert outside.method == "external"
     assert outside.metrics["loss/forget"].value == pytest.approx(one.metrics["loss/forget"].value)
-    with pytest.raises(ConfigError, match="name the benchmark"):
+    with pytest.raises(ConfigError, match="no benchmark named"):
         mmforget.attack(file, "peek")
 
     written = mmforget.write_report([one, place["runs"]], tmp_path / "page.html")

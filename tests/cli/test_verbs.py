@@ -220,7 +220,7 @@ def test_list_takes_kinds_and_wildcards(tmp_path: Path) -> None:
     assert call("list", "benchmarks", "toy/*").stdout == (
         "toy/points  Points in a plane, by quadrant.\n"
     )
-    assert call("list", "attack", "p*").stdout.splitlines()[0].startswith("toy/peek")
+    assert call("list", "attack", "toy/p*").stdout.splitlines()[0].startswith("toy/peek")
     (tmp_path / "suite").mkdir()
     (tmp_path / "suite" / "mine.yaml").write_text("# My words.\nwords: [method=npo]\n")
     assert "mine" in call("list", "suites", "--config-dir", tmp_path).stdout

@@ -191,3 +191,91 @@ def test_untrained_weights_follow_the_seed_and_leave_the_global_state_alone() ->
     assert float(first) == pytest.approx(0.00085)
     assert float(last) == pytest.approx(0.012)
     assert (scheduler.config.clip_sample, scheduler.config.steps_offset) == (False, 1)
+
+
+def test_the_text_encoder_knows_words_but_tells_synonyms_apart() -> None:
+    from mmforget.diffusion import mini_training
+
+    encoder = mini_model.make_text_encoder(mini_model.make_tokenizer())
+    same, other = mini_training.likeness(encoder)
+    assert 0.2 < same < 0.7  # of one style: near, and not the same
+    assert other < 0.1
+
+
+def test_words_named_so_far() -> None:
+    from mmforget.diffusion import mini_training
+
+    tokenizer = mini_model.make_tokenizer()
+    held = mini_training.reading(tokenizer)
+    ids = tokenizer(["A tabby image in Pop Art style."], padding="max_length")["input_ids"]
+    row = int((held.ids == torch.tensor(ids)).all(dim=1).nonzero())
+    style = mini.THEMES.index("Pop_Art") + 1
+    object = mini.OBJECTS.index("Cats") + 1
+    # start a tabby image in pop art style . end end ...
+    assert held.named["object"][row, :4].tolist() == [0, 0, object, object]
+    assert held.named["style"][row, :9].tolist() == [0, 0, 0, 0, 0, 0, style, style, style]
+    assert (held.named["object"][row, 2:] == object).all()
+    words = held.words["object"][row, -1]
+    kitten = tokenizer(["A kitten image in Pop Art style."], padding="max_length")["input_ids"]
+    other = int((held.ids == torch.tensor(kitten)).all(dim=1).nonzero())
+    assert held.named["object"][other, -1] == object
+    assert held.words["object"][other, -1] != words
+
+
+def test_the_shipped_original_is_the_one_of_the_default_recipe(tmp_path: Path) -> None:
+    from mmforget.cache import Cache
+    from mmforget.config import plan
+    from mmforget.engine import Engine
+    from mmforget.workbench import Workbench
+
+    recipe = plan(["benchmark=diffusion/unlearncanvas", "data=mini", "model=mini", "method=esd"])
+    bench = Workbench(Engine(recipe.runtime), Cache(tmp_path)).bench(recipe)
+    model = bench.benchmark.build(0)
+    assert mini_model.load_original(
+        model,  # type: ignore[arg-type]
+        bench.benchmark.recipe_text(bench.splits.train, recipe.seeds.train),  # type: ignore[attr-defined]
+    )
+
+
+def test_the_original_draws_every_style_and_object_by_any_word() -> None:
+    """The world is worth measuring: above 90 % by official names and by each synonym."""
+    from mmforget.diffusion.models import from_pipe
+    from mmforget.diffusion.noise import Sampling
+    from mmforget.diffusion.sampling import Image, generate
+
+    pipe = mini_model.make_pipeline(0)
+    pipe.unet.load_state_dict(mini_model.shipped_unet())
+    model = from_pipe(pipe)
+    style, object = mini_model.load_classifiers()
+    settings = Sampling("ddim", steps=20, guidance=4.0, batch_size=56)
+    pairs = list(product(mini.THEMES, mini.OBJECTS))
+    for k in range(4):
+        prompts = [
+            mini.OFFICIAL.format(object=mini.SYNONYMS[o][k], style=mini.SYNONYMS[s][k])
+            for s, o in pairs
+        ]
+        images = [Image(prompt, 188 + k) for prompt in prompts]
+        drawn = torch.cat([pixels for _, pixels in generate(model, images, settings)])
+        styles = np.mean(
+            [a == s for a, (s, _) in zip(style.predict(drawn).label, pairs, strict=True)]
+        )
+        objects = np.mean(
+            [a == o for a, (_, o) in zip(object.predict(drawn).label, pairs, strict=True)]
+        )
+        assert styles > 0.9, k
+        assert objects > 0.9, k
+
+
+def test_prompt_tables_are_in_the_published_columns(tmp_path: Path) -> None:
+    from mmforget.diffusion.attacks.examples import read_examples
+
+    mini.write_prompts(tmp_path, 0)
+    assert {path.stem for path in tmp_path.iterdir()} == {*mini.STYLES, *mini.OBJECTS}
+    rows = read_examples(tmp_path / "Van_Gogh.csv")
+    assert len(rows) >= 20
+    assert all("Van Gogh" in row.prompt for row in rows)
+    assert {row.guidance for row in rows} == {mini.GUIDANCE}
+    assert len({row.seed for row in rows}) > len(rows) // 2
+    again = tmp_path / "again"
+    mini.write_prompts(again, 0)
+    assert (again / "Cats.csv").read_bytes() == (tmp_path / "Cats.csv").read_bytes()
