@@ -200,8 +200,9 @@ def _plane(runs: Sequence[RunResult]) -> Section | None:
         f"and CRA, %</text>"
     )
     names = _names([run for run, _, _ in points])
+    named = [(k, name, *point) for k, (name, point) in enumerate(zip(names, points, strict=True))]
     taken: list[float] = []
-    for k, (name, (run, ua, kept)) in enumerate(zip(names, points, strict=True)):
+    for k, name, run, ua, kept in sorted(named, key=lambda each: -each[4]):  # labels from the top
         x, y = place(ua, kept)
         colour = "var(--fg)" if run.method in FIRST else _colour(k - 1)
         label = y + 4
@@ -322,8 +323,11 @@ def _colour(slot: int) -> str:
     return f"var(--c{slot % SERIES})"
 
 
-def _rank(run: RunResult) -> tuple[int, str]:
-    return (FIRST.index(run.method) if run.method in FIRST else len(FIRST), run.id)
+def _rank(run: RunResult) -> tuple[int, float, str]:
+    """Return what orders rows: original and retrained first, then the nearest to the latter."""
+    gap = run.metrics.get("canvas/gap")
+    first = FIRST.index(run.method) if run.method in FIRST else len(FIRST)
+    return (first, 0.0 if gap is None else gap.value, run.id)
 
 
 def _names(runs: Sequence[RunResult]) -> list[str]:

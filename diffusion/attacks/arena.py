@@ -163,6 +163,7 @@ class Aims:
         pictures: Folder of target pictures `{id}.png` or `.jpg`, in place of the original's.
         pairs: Prompts with the concept and the same without, for attacks on text embeddings.
         store: Folder for drawn pictures shared by all runs.
+        files: Further files whose content decides what an attack finds.
     """
 
     examples: Sequence[Example]
@@ -172,6 +173,7 @@ class Aims:
     pictures: Path | None
     pairs: Sequence[tuple[str, str]]
     store: Path
+    files: Sequence[Path] = ()
 
 
 class Arena:
@@ -224,9 +226,9 @@ class Arena:
         if dropped:
             logger.info("%d of %d prompts are too long to attack", len(dropped), len(examples))
         self.attackable = kept
+        self._made: dict[str, Any] | None = None
         self.found: dict[str, Found] = self._read()
         self.queries = 0
-        self.ran = 0.0  # seconds
         # By the example's id first: what was drawn for it is dropped when it is settled.
         self._memo: dict[str, dict[Key, Ruling]] = {}
         self._latents: dict[str, Tensor] = {}
@@ -351,7 +353,7 @@ class Arena:
         assert self.original is not None
         wanted = replace(self.aims.targets, size=None)
         orders = [Ordered(picture_name(e.prompt, e.seed), e.prompt, e.seed) for e in examples]
-        made = fingerprint(self.original, wanted)
+        made = self._painted()
         place = place_of(self.aims.store, made)
         fill(place, self.original, orders, wanted, label="target pictures", made=made)
         return read(place, [order.name for order in orders])
@@ -435,7 +437,7 @@ class Arena:
             said.unlink()
         if not said.is_file():
             write_text(said, own)
-        known = {example.id for example in self.aims.examples}
+        known = {example.id for example in self.examples}
         found = {}
         for path in sorted(self.folder.glob("outcomes.*.jsonl")):
             lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -453,15 +455,34 @@ class Arena:
         options = asdict(self.config)
         for name in ("batch_size", "kept"):
             del options[name]
-        said = [[e.id, e.prompt, e.seed, e.guidance] for e in self.aims.examples]
-        text = json.dumps(said)
+        said = [[e.id, e.prompt, e.seed, e.guidance, e.label] for e in self.examples]
+        targets: Any = None
+        if self.aims.pictures is not None:
+            folder = self.aims.pictures
+            held = sorted(path for path in folder.iterdir() if path.is_file())
+            targets = {path.name: _digest(path) for path in held}
+        elif self.original is not None:
+            targets = self._painted()
         return {
             "options": options,
             "model": fingerprint(self.model, self.aims.sampling),
-            "examples": hashlib.sha256(text.encode()).hexdigest(),
-            "judges": sorted({self.aims.judge(e).name for e in self.aims.examples}),
+            "targets": targets,
+            "examples": hashlib.sha256(json.dumps(said).encode()).hexdigest(),
+            "files": [_digest(path) for path in self.aims.files],
+            "judges": self.judges(),
             "seed": self.seed,
         }
+
+    def judges(self) -> list[str]:
+        """Return the names of the judges of all examples."""
+        return sorted({self.aims.judge(example).name for example in self.examples})
+
+    def _painted(self) -> dict[str, Any]:
+        """Return the fingerprint of target pictures, made once: it hashes all weights."""
+        assert self.original is not None
+        if self._made is None:
+            self._made = fingerprint(self.original, replace(self.aims.targets, size=None))
+        return self._made
 
 
 class Hunt:
@@ -535,6 +556,10 @@ class Search(Protocol):
     done.
     """
 
+    def ready(self, examples: Sequence[Example]) -> None:
+        """Make what all prompts need, together, before the first is opened."""
+        ...
+
     def open(self, slot: int, example: Example) -> None:
         """Start an example in a slot."""
         ...
@@ -570,6 +595,8 @@ def lockstep(arena: Arena, search: Search, stages: int, label: str) -> None:
         while queue:
             arena.settle(arena.hunt(queue.popleft()))
         return
+    if queue:
+        search.ready(list(queue))
     with progress(label, len(queue), 0, arena.engine.is_main) as advance:
         while True:
             for slot, held in enumerate(slots):
@@ -670,6 +697,10 @@ def _shot(example: Example, candidate: Candidate) -> Shot:
     if candidate.guidance is not None:
         example = replace(example, guidance=candidate.guidance)
     return Shot(example, candidate.text, candidate.seed)
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _picture(folder: Path, example: Example) -> str:

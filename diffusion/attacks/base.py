@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
+import torch
 
 from mmforget.diffusion.attacks.arena import Aims, Arena, Found, PromptAttackConfig
 from mmforget.diffusion.attacks.asr import Outcome, Rate, rates, success_curve
@@ -15,7 +16,7 @@ from mmforget.diffusion.attacks.examples import read_examples
 from mmforget.diffusion.benchmarks.base import DiffusionBenchmark
 from mmforget.diffusion.models import DiffusionModel
 from mmforget.diffusion.zero_shot import JudgeConfig
-from mmforget.errors import ConfigError
+from mmforget.errors import ConfigError, ResourceError
 from mmforget.record import AttackResult, MetricValue
 from mmforget.types import Attack, Budget, Trial
 
@@ -45,6 +46,7 @@ class PromptAttack(Attack[ConfigT]):
     access: ClassVar[str] = "white"
     citation: ClassVar[str] = AUTHORS
     config_type: ClassVar[type] = PromptAttackConfig
+    judged: str = ""  # names of the judges, for notes
 
     def budget(self) -> Budget:
         """The judged pictures of a prompt, and the attack's own steps."""
@@ -62,7 +64,15 @@ class PromptAttack(Attack[ConfigT]):
         """Attack all prompts, or those that an earlier, killed attack left."""
         began = time.perf_counter()
         arena = self.arena(trial)
-        self.hunt(arena)
+        self.judged = ", ".join(arena.judges())
+        try:
+            self.hunt(arena)
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            raise ResourceError(
+                f"out of memory with {self.config.batch_size} prompts at a time; what was finished "
+                f"is kept. Lower attack.NAME.batch_size or benchmark.sampling.batch_size, or set "
+                f"runtime.precision=bf16, and run the same command again"
+            ) from error
         found = arena.finish()
         return self.result(found, time.perf_counter() - began)
 
@@ -78,7 +88,12 @@ class PromptAttack(Attack[ConfigT]):
     def aims(self, benchmark: DiffusionBenchmark) -> Aims:
         """Return the benchmark's examples and judge, or those that the options name."""
         config = self.config
-        return aims_of(benchmark, config.prompts, config.judge, config.limit)
+        made = aims_of(benchmark, config.prompts, config.judge, config.limit)
+        return replace(made, files=self.files())
+
+    def files(self) -> Sequence[Path]:
+        """Return further files that decide what is found, for resuming."""
+        return ()
 
     def result(self, found: Sequence[Found], seconds: float) -> AttackResult:
         """Return the record of what was found."""
@@ -89,6 +104,8 @@ class PromptAttack(Attack[ConfigT]):
         note = f"{len(attacked)} of {len(found)} attacked, {self.config.images} pictures each"
         if dropped:
             note += f"; {dropped} too long, counted as they are"
+        if self.judged:
+            note += f"; judge: {self.judged}"
         values = {
             "asr": _value(share.asr, note),
             "pre_asr": _value(share.pre, ""),

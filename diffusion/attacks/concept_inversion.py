@@ -96,11 +96,11 @@ class ConceptInversion(PromptAttack[ConceptInversionConfig]):
     words off, the embedding finds the concept again. But inversion can teach a model something
     truly new: only a rate above the retrained model's shows knowledge that was left.
 
-    There is one embedding for each label of the prompts (each concept of the request). It is kept
-    as `embedding.safetensors`, and a killed attack goes on with it. With two CLIP encoders (SDXL,
-    SD3) each has rows of its own; T5 reads the text without them. `steps` of a prompt are those of
-    its concept's embedding, which all its prompts share. Published training accumulates four
-    batches for a step: `train_batch=16`.
+    There is one embedding for each label of the prompts (each concept of the request), unless every
+    prompt shows its concept by itself. It is kept as `embedding.safetensors`, and a killed attack
+    goes on with it. With two CLIP encoders (SDXL, SD3) each has rows of its own; T5 reads the text
+    without them. `steps` of a prompt are those of its concept's embedding, which all its prompts
+    share. Published training accumulates four batches for a step: `train_batch=16`.
 
     Raises:
         ConfigError: The word `init` is not one token, a template has not one place for the tokens,
@@ -141,6 +141,10 @@ class ConceptInversion(PromptAttack[ConceptInversionConfig]):
         for example in arena.examples:
             concepts.setdefault(example.label, []).append(example)
         texts = {label: self._texts(arena, label) for label in concepts}
+        left = torch.tensor([float(len(arena.todo()))], device=arena.engine.device)
+        arena.engine.reduce_sum([left])  # processes learn together, or none does
+        if not left.item():
+            return
         learned = _read(arena, list(concepts))
         if not learned:
             for label, examples in concepts.items():

@@ -66,10 +66,21 @@ def encode_attacked(
             table = getattr(model, name).get_input_embeddings().weight.detach()
             rows = adversarial_embeds(layouts, table[own], embeds[name].to(table.dtype))
         plan[name] = (adversarial_ids(layouts, own, adversarial), rows)
-    with _reading(model, plan):
-        found, pooled, _ = model._encode(list(prompts))
     first = next(iter(plan.values()))[0]
+    with _reading(model, plan):
+        if model.family == "sd":
+            found, pooled = _last_states(model, first), None
+        else:
+            found, pooled, _ = model._encode(list(prompts))
     return Conditions(found, pooled, first, tuple(prompts))
+
+
+def _last_states(model: DiffusionModel, ids: Tensor) -> Tensor:
+    """Return what SD's `encode_prompt` does; that one tokenises the prompts again at every step."""
+    encoder: Any = model.text_encoders["text_encoder"]
+    masked = getattr(encoder.config, "use_attention_mask", False)
+    found: Tensor = encoder(ids, attention_mask=torch.ones_like(ids) if masked else None)[0]
+    return found.to(encoder.dtype)
 
 
 @contextmanager

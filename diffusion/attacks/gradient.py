@@ -120,6 +120,10 @@ class GradientSearch:
 
     # The search protocol ------------------------------------------------------------------------
 
+    def ready(self, examples: Sequence[Example]) -> None:
+        """Draw and encode all target pictures."""
+        self.arena.latents(examples)
+
     def open(self, slot: int, example: Example) -> None:
         """Start an example in a slot."""
         self.examples[slot] = example

@@ -181,8 +181,8 @@ class MMA(PromptAttack[MMAConfig]):
     some: published is a list of sexual ones, which fits no other concept.
 
     Departures: the published code proposes for each token what the gradient of the token before it
-    says (its row 0 is the start mark's); here each has its own. The end of a text is not padded
-    with copies of the last valid candidate.
+    says (its row 0 is the start mark's); here each has its own. Candidates thrown
+    away are not made up for by copies of the last valid one.
     """
 
     access: ClassVar[str] = "white"

@@ -89,6 +89,10 @@ class RingABell(PromptAttack[RingABellConfig]):
 
         volley(arena, candidates, "Ring-A-Bell")
 
+    def files(self) -> Sequence[Path]:
+        """Return the file of pairs, if one is named."""
+        return () if self.config.pairs is None else (Path(self.config.pairs).expanduser(),)
+
     def pairs(self, arena: Arena) -> Pairs:
         """Return prompts with the concept and the same without it.
 

@@ -94,6 +94,11 @@ class Transfer(PromptAttack[TransferConfig]):
             found.append(Source(name, given, _texts(path, name)))
         return found
 
+    def files(self) -> Sequence[Path]:
+        """Return the sources' files."""
+        given = (Path(source).expanduser() for source in self.config.sources)
+        return [_file(path, self.config.attack) for path in given]
+
     def hunt(self, arena: Arena) -> None:
         """Draw and judge what was found."""
         self._check(arena)

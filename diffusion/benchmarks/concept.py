@@ -161,6 +161,11 @@ class AnyConcept(DiffusionBenchmark):
         return names
 
     @property
+    def scratch(self) -> bool:
+        """Whether the denoiser starts from random weights; the mini one is trained already here."""
+        return bool(self.model.init == "scratch")
+
+    @property
     def erased(self) -> tuple[str, ...]:
         """The erased names, for metrics of labelled prompts."""
         return self.concepts

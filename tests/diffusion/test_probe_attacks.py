@@ -131,7 +131,8 @@ def arena_of(
     settings = sampling or (FLOW if attacked.noising.kind == "flow" else DDIM)
     held = judge or By(never)
     aims = Aims(examples(count), lambda e: held, settings, settings, None, (), folder / "store")
-    engine = Engine(Runtime(device="cpu", progress=False, channels_last=False))
+    precision = "fp64" if attacked.dtype == torch.float64 else "no"
+    engine = Engine(Runtime(device="cpu", precision=precision, progress=False))
     return Arena(attacked, original, aims, attack.config, folder / "attack", engine, 0)
 
 
@@ -213,8 +214,8 @@ def test_every_level_is_judged_after_a_success(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["sd", "sd3"])
 def test_a_weak_img2img_returns_its_picture(family: str, tmp_path: Path) -> None:
-    settings = replace(FLOW if family == "sd3" else DDIM, steps=40)
-    attack = Img2Img(Img2ImgConfig(strengths=[0.025, 1.0]))
+    settings = replace(FLOW if family == "sd3" else DDIM, steps=20)
+    attack = Img2Img(Img2ImgConfig(strengths=[0.05, 1.0]))
     arena = arena_of(attack, model(family, 1), model(family), tmp_path, None, 1, settings)
     target = arena.model.to_images(arena.latents(arena.examples))[0]
     gaps = [
@@ -225,7 +226,7 @@ def test_a_weak_img2img_returns_its_picture(family: str, tmp_path: Path) -> None
     (row,) = hunted(
         attack, arena_of(attack, arena.model, arena.original, tmp_path, judge, 1, settings)
     )
-    assert row.sources == ["0.025"] and row.seed == attack.seed(arena, arena.examples[0])
+    assert row.sources == ["0.05"] and row.seed == attack.seed(arena, arena.examples[0])
     made = attack.result([row], 1.0)
     assert made.values["area"].value == pytest.approx(0.5)
     assert made.values["at/1.0/rate"].value == 0.0
@@ -294,17 +295,16 @@ def test_noise_ends_at_the_first_success(tmp_path: Path) -> None:
     attack = NoiseProbe(NoiseConfig())
     assert len(attack.names(attack.config)) == len(ETAS) * len(SCALES) == 24
     assert attack.budget().queries == 25
-    arena = arena_of(attack, model(), None, tmp_path, None, 2)
-    own_pictures = list(own(arena))
+    few = replace(DDIM, steps=3)
+    arena = arena_of(attack, model(), None, tmp_path, None, 2, few)
     third = drawn(attack, arena, 2)[0]
     judge = By(lambda image: torch.equal(image, third))
-    found = hunted(attack, arena_of(attack, arena.model, None, tmp_path, judge, 2))
+    found = hunted(attack, arena_of(attack, arena.model, None, tmp_path, judge, 2, few))
     assert (found[0].images, found[0].stage, found[0].success) == (4, 3, True)
     assert found[0].sources == ["eta=1.0 scale=1.03"] and found[0].seed == 5
     assert (found[1].images, found[1].success) == (25, False)
     made = attack.result(found, 1.0)
     assert made.values["asr"].value == 0.5 and not any(n.startswith("at/") for n in made.values)
-    assert len(own_pictures) == 2
 
 
 # All probes --------------------------------------------------------------------------------------
@@ -332,9 +332,9 @@ def test_batches_change_nothing(name: str, tmp_path: Path) -> None:
     found = []
     for batch in (1, 3):
         attack = PROBES[name](batch)
-        settings = replace(DDIM, batch_size=batch)
+        settings = replace(DDIM, steps=4, batch_size=batch)
         where = tmp_path / str(batch)
-        made, base = model(seed=1).double(), model().double()
+        made, base = world.model(seed=1).double(), world.model().double()  # copies share a codec
         arena = arena_of(attack, made, base, where, By(bright), 3, settings)
         found.append(told(hunted(attack, arena)))
     assert found[0] == found[1]
@@ -344,10 +344,10 @@ def test_batches_change_nothing(name: str, tmp_path: Path) -> None:
 def test_a_killed_attack_goes_on(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = replace(DDIM, batch_size=1)
+    settings = replace(DDIM, steps=4, batch_size=1)
 
     def arena(where: Path, judge: Judge) -> Arena:
-        return arena_of(PROBES[name](1), model(seed=1), model(), where, judge, 3, settings)
+        return arena_of(PROBES[name](1), model(seed=1), model(), where, judge, 2, settings)
 
     judge = By(never)
     whole = hunted(PROBES[name](1), arena(tmp_path / "whole", judge))
@@ -355,12 +355,12 @@ def test_a_killed_attack_goes_on(
     with pytest.raises(KeyboardInterrupt):
         PROBES[name](1).hunt(arena(tmp_path / "killed", By(never, len(judge.seen) - 2)))
     lines = (tmp_path / "killed/attack/outcomes.0.jsonl").read_text().splitlines()
-    assert len(lines) == 2
+    assert len(lines) == 1
     if name == "inversion":
         monkeypatch.setattr(ConceptInversion, "learn", untouched)
     left = By(never)
     again = hunted(PROBES[name](1), arena(tmp_path / "killed", left))
-    assert told(again) == told(whole) and len(left.seen) == whole[2].images
+    assert told(again) == told(whole) and len(left.seen) == whole[1].images
     written = (tmp_path / "killed/attack/prompts.jsonl").read_text().splitlines()
     assert told([Found(**json.loads(line)) for line in written]) == told(whole)
 
@@ -409,19 +409,19 @@ def explained(attack: ConceptInversion, arena: Arena, rows: Mapping[str, Tensor]
     data = attack._pictures(arena, arena.examples, list(slots))
     adapter, word = DiffusionAdapter(arena.model.noising, arena.model.scale_latents), 0
     total = 0.0
-    for k in range(20):
+    for k in range(4):
         draws = Draws(0, "test", k, total=len(data))
         ready = adapter.prepare(data.take(range(len(data))), draws, True)
         with torch.no_grad():
             text = inserted(arena.model, [slots[p] for p in ready.prompts], word, rows)
             found = arena.model.predict(ready.latents, ready.t, text)
         total += float((found - ready.target).square().mean())
-    return total / 20
+    return total / 4
 
 
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
 def test_inversion_learns_rows_and_nothing_else(family: str, tmp_path: Path) -> None:
-    attack = ConceptInversion(ConceptInversionConfig(tokens=2, steps=80, images=3))
+    attack = ConceptInversion(ConceptInversionConfig(tokens=2, steps=40, images=3))
     attacked, original = model(family, 1), model(family)
     before = state_sha(attacked)
     own_pictures = list(own(arena_of(attack, attacked, None, tmp_path)))
@@ -432,7 +432,7 @@ def test_inversion_learns_rows_and_nothing_else(family: str, tmp_path: Path) -> 
     assert not any(p.requires_grad for p in attacked.parameters())
     assert all(row.success and row.stage == 1 and row.seed == 5 + k for k, row in enumerate(found))
     assert [row.text for row in found] == [f"<inverted> {prompt}" for prompt in PROMPTS]
-    assert all(row.ids == [] and row.steps == 80 for row in found)
+    assert all(row.ids == [] and row.steps == 40 for row in found)
 
     from safetensors.torch import load_file
 
@@ -473,6 +473,15 @@ def test_another_attacks_embedding_is_not_taken(tmp_path: Path) -> None:
         attack.hunt(arena)
         found.append((arena.folder / FILE).read_bytes())  # type: ignore[operator]
     assert found[0] != found[1]
+
+
+def test_nothing_is_learned_where_nothing_was_erased(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ConceptInversion, "learn", untouched)
+    attack = ConceptInversion(ConceptInversionConfig())
+    found = hunted(attack, arena_of(attack, model(), model(), tmp_path, By(lambda image: True)))
+    assert all(row.pre and not row.attacked for row in found)
 
 
 def test_each_concept_has_an_embedding(tmp_path: Path) -> None:
@@ -557,15 +566,15 @@ def test_few_pictures_lower_their_loss(rank: int, tmp_path: Path) -> None:
     # The erasure may be adapters of the same kind.
     attacked.add_edit("finetune", LowRank.fresh(attacked, adapted(attacked, "kv")[:1], 2, 0))
     before, names = state_sha(attacked), list(attacked.edits)
-    attack = FewShotRelearn(FewShotConfig(examples=5, rank=rank, lr=3e-3, steps=[0, 20, 40]))
+    attack = FewShotRelearn(FewShotConfig(examples=5, rank=rank, lr=1e-2, steps=[0, 5, 15]))
     judge = By(bright)
     trial = trial_of(attacked, model(), judge, tmp_path)
     aims = trial.benchmark.aims(JudgeConfig())  # type: ignore[attr-defined]
-    tuned, curve = attack.tune(trial, aims, [0, 20, 40])
+    tuned, curve = attack.tune(trial, aims, [0, 5, 15])
     assert loss_on(trial, tuned, attack) < 0.9 * loss_on(trial, attacked, attack)
     assert state_sha(attacked) == before and list(attacked.edits) == names
-    assert list(curve) == [0, 20, 40] and len(judge.seen) == 9
-    assert curve[40] == shows(tuned, aims, trial.lab.engine)
+    assert list(curve) == [0, 5, 15] and len(judge.seen) == 9
+    assert curve[15] == shows(tuned, aims, trial.lab.engine)
     assert (len(tuned.edits) == 2) == bool(rank)
     if rank:  # weights themselves stay
         assert world.changed(attacked, tuned) <= {

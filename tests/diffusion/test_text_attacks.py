@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mmforget.diffusion import ENTRIES
 from mmforget.diffusion.attacks import genetic
-from mmforget.diffusion.attacks.arena import Aims, Arena, Candidate, Found, volley
+from mmforget.diffusion.attacks.arena import Aims, Arena, Candidate, Found, Ruling, Shot, volley
 from mmforget.diffusion.attacks.base import PromptAttack
 from mmforget.diffusion.attacks.coordinate import cosine_loss
 from mmforget.diffusion.attacks.examples import Example
@@ -53,7 +53,7 @@ PAIRS = (
     ("a dog image in monet style", "a dog image in photo style"),
     ("a cat in monet style", "a cat"),
 )
-DRAWN = Sampling("ddim", steps=2, guidance=3.0)
+DRAWN = Sampling("ddim", steps=1, guidance=3.0)
 SEARCH = {"stages": 3, "iterations": 2, "tokens": 2}
 TRIES: dict[str, tuple[Any, Any]] = {
     "text_grad": (TextGrad, GradientConfig(**SEARCH)),
@@ -104,16 +104,17 @@ def model(family: str = "sd", seed: int = 0) -> DiffusionModel:
     return world.model(family, seed).double()
 
 
-@lru_cache(maxsize=4)
-def others(family: str = "sd") -> frozenset[str]:
-    """The prompts' own pictures."""
+@lru_cache(maxsize=1)
+def own_pictures() -> dict[str, str]:
+    """The prompts' own pictures, by id."""
     images = [Image(e.prompt, e.seed) for e in examples()]
-    return frozenset(sha(x) for _, batch in generate(model(family), images, DRAWN) for x in batch)
+    drawn = [sha(x) for _, batch in generate(model(), images, DRAWN) for x in batch]
+    return {example.id: name for example, name in zip(examples(), drawn, strict=True)}
 
 
-def changed(family: str = "sd") -> Callable[[Tensor], bool]:
+def changed() -> Callable[[Tensor], bool]:
     """Any picture but those of the prompts themselves."""
-    own = others(family)
+    own = set(own_pictures().values())
     return lambda image: sha(image) not in own
 
 
@@ -123,21 +124,20 @@ def examples(count: int = 4) -> list[Example]:
 
 def arena(
     config: Any,
-    judge: Judge,
+    by: Judge,
     folder: Path | None,
     family: str = "sd",
-    store: Path | None = None,
     original: bool = True,
     **aims: Any,
 ) -> Arena:
     given: dict[str, Any] = {
         "examples": examples(),
-        "judge": lambda example: judge,
+        "judge": lambda example: by,
         "sampling": DRAWN,
         "targets": DRAWN,
         "pictures": None,
         "pairs": PAIRS,
-        "store": store or STORE,
+        "store": STORE,
     }
     first = model(family, 3) if original else None
     engine = Engine(Runtime(device="cpu", threads=1, progress=False))
@@ -174,37 +174,55 @@ def rows(found: Sequence[Found]) -> list[dict[str, Any]]:
 
 MATRIX = [(name, "sd") for name in TRIES]
 MATRIX += [(name, "sdxl") for name in ("text_grad", "hard_prompt", "p4d", "mma")]
-MATRIX += [("p4d", "sd3"), ("ring_a_bell", "sd3"), ("mma", "flux")]
+MATRIX += [("p4d", "sd3"), ("ring_a_bell", "sd3")]
 
 
 @pytest.mark.parametrize(("name", "family"), MATRIX)
 def test_a_batch_is_each_prompt_alone(name: str, family: str) -> None:
-    sampler = "checkpoint" if family in ("sd3", "flux") else "ddim"
-    found = []
+    sampling = replace(DRAWN, sampler="checkpoint", steps=2) if family == "sd3" else DRAWN
+    images = {} if name == "no_attack" else {"images": 4}
+    found, texts = [], []
     for size in (1, 3):
         kind, config = TRIES[name]
-        attack = kind(replace(config, batch_size=size, **({} if name == "no_attack" else IMAGES)))
-        sampling = replace(DRAWN, sampler=sampler)
+        attack = kind(replace(config, batch_size=size, **images))
         place = arena(attack.config, Judge(lottery), None, family, sampling=sampling)
+        texts.append(proposed(place))
         attack.hunt(place)
         found.append(rows(place.finish()))
-    assert found[0] == found[1]
-    if name not in ("no_attack", "seed_search", "mma", "ring_a_bell"):
-        assert any(row["ids"] for row in found[0])
-    if name != "no_attack":
-        assert any(row["attacked"] for row in found[0])
+    assert found[0] == found[1] and texts[0] == texts[1]
+    told = [row for row in found[0] if row["attacked"]]
+    assert bool(told) is (name != "no_attack")
+    for row in told:
+        drawn = texts[0][row["id"]]
+        assert len(drawn) == row["images"] and row["text"] in drawn
+        assert (len(set(drawn)) > 1) is (name != "seed_search")
 
 
-IMAGES = {"images": 4}
+def proposed(place: Arena) -> dict[str, list[str]]:
+    """Return where an arena notes the texts that it is asked to draw, by the prompt's id."""
+    noted: dict[str, list[str]] = {example.id: [] for example in place.examples}
+    shoot = place.shoot
+
+    def note(shots: Sequence[Shot], *more: Any) -> list[Ruling]:
+        for shot in shots:
+            noted[shot.example.id].append(shot.text)
+        return shoot(shots, *more)
+
+    place.shoot = note  # type: ignore[method-assign]
+    return noted
 
 
 @pytest.mark.parametrize("name", TRIES)
 def test_a_killed_attack_goes_on_where_it_was(name: str, tmp_path: Path) -> None:
-    wanted, _ = run(name, Judge(lottery), tmp_path / "whole", images=3, batch_size=2)
-    for calls in range(1, 40):
+    # Few steps, as every kill costs a run.
+    few: dict[str, Any] = {"images": 3, "batch_size": 2}
+    if name in ("text_grad", "hard_prompt", "p4d"):
+        few |= {"stages": 2, "iterations": 1}
+    wanted, _ = run(name, Judge(lottery), tmp_path / "whole", **few)
+    for calls in range(1 - (name == "no_attack"), 40):
         folder = tmp_path / str(calls)
         try:
-            run(name, Judge(lottery, calls), folder, images=3, batch_size=2)
+            run(name, Judge(lottery, calls), folder, **few)
             break
         except KeyboardInterrupt:
             assert not (folder / "prompts.jsonl").exists()
@@ -214,13 +232,13 @@ def test_a_killed_attack_goes_on_where_it_was(name: str, tmp_path: Path) -> None
             for line in path.read_text().splitlines()
         }
         again = Judge(lottery)
-        found, _ = run(name, again, folder, images=3, batch_size=2)
+        found, _ = run(name, again, folder, **few)
         assert rows(found) == rows(wanted)
         held = [json.loads(line) for line in (folder / "prompts.jsonl").read_text().splitlines()]
         assert rows([Found(**line) for line in held]) == rows(wanted)
-        if len(done) == len(wanted):
-            assert not again.seen, "a finished prompt was drawn again"
-    assert calls > 1
+        drawn = {own_pictures()[name] for name in done} & set(again.seen)
+        assert not drawn, "a finished prompt was drawn again"
+    assert calls > 0
 
 
 @pytest.mark.parametrize("name", TRIES)
@@ -236,7 +254,7 @@ def test_an_attack_that_must_succeed_and_one_that_must_fail(name: str) -> None:
     # The first success ends a prompt, and is what is reported.
     assert all((row.success, row.stage, row.images) == (True, 1, 2) for row in found)
     picture = model_picture(found[0])
-    assert sha(picture) not in others()
+    assert sha(picture) not in own_pictures().values()
     assert float(picture.double().mean() / 255) == pytest.approx(found[0].score)
     found, result = run(name, Judge(never), images=4)
     assert result.values["asr"].value == result.values["pre_asr"].value == 0
@@ -265,7 +283,8 @@ def test_a_budget_of_pictures_is_kept(name: str) -> None:
         assert all(row.attacked is attacked for row in found)
         assert len(result.curves["success"]["y"]) == budget
         if not attacked:
-            assert sorted(judge.seen) == sorted(others()) and all(not row.steps for row in found)
+            assert sorted(judge.seen) == sorted(own_pictures().values())
+            assert all(not row.steps for row in found)
 
 
 @pytest.mark.parametrize("name", TRIES)
@@ -325,7 +344,7 @@ class Watched(HardPrompts):
         super().move(slots, grads)
 
 
-@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "flux"])
+@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3"])
 def test_points_go_as_pez_moves_them(family: str) -> None:
     config = GradientConfig(stages=1, iterations=1, tokens=2, lr=0.3)
     search = Watched(arena(config, Judge(never), None, family), config)
@@ -357,9 +376,9 @@ def debugging(family: str = "sd", **options: Any) -> DebuggingPrompts:
 def test_the_target_is_the_original_s_prediction(family: str) -> None:
     search = debugging(family)
     for slot, example in enumerate(examples(2)):
-        search.open(slot, example)
+        search.begin(slot, example)
         search.staged(slot, example)
-    latents = torch.randn(2, *model(family).latent_shape, dtype=torch.float64)
+    latents = torch.randn(2, model(family).latent_shape[0], 8, 8, dtype=torch.float64)
     t = search.now([0, 1], 1)
     found = search.target([0, 1], latents, t, latents)
     first = model(family, 3)
@@ -457,21 +476,12 @@ def test_random_tokens_are_ordinary_unless_asked() -> None:
     for specials in (False, True):
         config = RandomConfig(tokens=5, images=400, specials=specials, location="suffix_k")
         place = arena(config, Judge(never), None, examples=examples(1))
-        shot: list[Candidate] = []
-
-        def note(shots: Any, *_: Any, shot: list[Candidate] = shot) -> Any:
-            raise Noted(shots)
-
         attack = RandomTokens(config)
         listed = listed_by(attack, place)
         ids = {i for candidate in listed for i in candidate.ids}
         assert len(listed) == 399 and bool(ids & special) is specials
         assert all(candidate.seed == examples()[0].seed for candidate in listed)
         assert all(c.text.startswith("a dog image in monet style") for c in listed)
-
-
-class Noted(Exception):
-    pass
 
 
 def listed_by(attack: PromptAttack[Any], place: Arena) -> list[Candidate]:
@@ -553,7 +563,7 @@ def test_the_concept_comes_from_pairs(tmp_path: Path) -> None:
     place = arena(attack.config, Judge(never), None)
     assert attack.pairs(place) == PAIRS
     held = place.model
-    wanted = (held.encode([p for p, _ in PAIRS]).embeds - held.encode([p for _, p in PAIRS]).embeds)
+    wanted = held.encode([p for p, _ in PAIRS]).embeds - held.encode([p for _, p in PAIRS]).embeds
     torch.testing.assert_close(attack.concept(held, PAIRS), wanted.mean(dim=0))
     path = tmp_path / "pairs.csv"
     path.write_text('with,without\n"a cat, monet",a cat\na dog of monet,\n')
