@@ -396,10 +396,14 @@ def _compose(
     from hydra.core.config_store import ConfigStore
 
     package = "pkg://mmforget.configs"
-    node = {**base, "hydra": {"searchpath": [package]}}
+    node = {"request": {}, **base, "hydra": {"searchpath": [package]}}
     ConfigStore.instance().store(name="mmforget_run", node=node)
     typed = [o for o in values if not _selects(o) and o.key_or_group not in LISTS]
-    words = [f"++{(override.input_line or '').lstrip('+')}" for override in typed]
+    words = []
+    for override in typed:
+        if override.key_or_group == "request" and isinstance(override.value(), dict):
+            words.append("~request")  # a whole request replaces a mini world's, it is not merged
+        words.append(f"++{(override.input_line or '').lstrip('+')}")
     place = config_dir.resolve() if config_dir else config_root()
     if not place.is_dir():
         raise ConfigError(f"--config-dir {config_dir}: no such folder")

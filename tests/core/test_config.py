@@ -242,3 +242,11 @@ def test_a_config_file_fixes_what_selects(tmp_path: Path) -> None:
         load_config(tmp_path / "nothing.yaml")
     with pytest.raises(ConfigError, match="no such folder"):
         plan(TOY, tmp_path / "nowhere")
+
+
+def test_a_whole_request_replaces_the_one_of_the_mini_world() -> None:
+    words = ["benchmark=vision/mufac", "method=npo"]
+    assert plan(words).sections["request"].n == 200  # of the mini world
+    published = plan([*words, "data=local", "data.root=x"]).sections["request"].n
+    assert plan([*words, "request={}"]).sections["request"].n == published
+    assert plan([*words, "request.n=7"]).sections["request"].n == 7
