@@ -17,6 +17,7 @@ install: .venv/.installed
 demo: install
 	$(BIN)/mmforget run suite=vision/demo --runs $(DEMO) --report $(DEMO)/report.html
 	$(BIN)/mmforget run suite=recsys/demo --runs $(DEMO)-recsys --report $(DEMO)-recsys/report.html
+	$(BIN)/mmforget run suite=diffusion/demo --runs $(DEMO)-diffusion --report $(DEMO)-diffusion/report.html
 
 test: install
 	$(BIN)/python -m pytest -q
@@ -28,6 +29,7 @@ bench: install
 	$(BIN)/python -m tests.bench.vision
 	$(BIN)/python -m tests.bench.recsys
 	$(BIN)/python -m tests.bench.diffusion
+	$(BIN)/python -m tests.bench.diffusion_attacks
 
 lint: install
 	$(BIN)/ruff check .

@@ -295,6 +295,11 @@ def read_q16(path: Path) -> Tensor:
     return found.float()
 
 
+def sure(confidence: float) -> str:
+    """Return what a judge's name says of the least probability it asks for."""
+    return f", at least {confidence:g}" if confidence > 0 else ""
+
+
 class ClassifierJudge:
     """A classifier as judge: positive if the target is among its first classes.
 
@@ -304,18 +309,23 @@ class ClassifierJudge:
         classifier: Style or object classifier.
         target: The erased class, one of its labels.
         top: How many of its first classes count (UnlearnDiffAtk's styles: 1 and 3).
+        confidence: Least probability of the target. A classifier of few classes puts one of them
+            first for scribble too.
 
     Raises:
         ConfigError: The classifier does not know the target.
     """
 
-    def __init__(self, classifier: Classifier, target: str, top: int = 1) -> None:
+    def __init__(
+        self, classifier: Classifier, target: str, top: int = 1, confidence: float = 0.0
+    ) -> None:
         if target not in classifier.labels:
             raise ConfigError(unknown("class", target, classifier.labels, "its labels"))
         if not 1 <= top <= len(classifier.labels):
             raise ConfigError(f"top={top}: the classifier has {len(classifier.labels)} classes")
         self.classifier, self.target, self.top = classifier, target, top
-        self.name = f"{target} in the top {top} of {classifier.name}"
+        self.confidence = confidence
+        self.name = f"{target} in the top {top} of {classifier.name}{sure(confidence)}"
 
     def judge(self, images: Tensor) -> Verdict:
         """Return the verdict; scores are the target's probability."""
@@ -324,7 +334,8 @@ class ClassifierJudge:
         first = found.probability.topk(self.top, dim=1).indices
         score = found.probability[:, place]
         details: list[Mapping[str, float]] = [{self.target: value} for value in score.tolist()]
-        return Verdict((first == place).any(dim=1), score, found.label, details)
+        positive = (first == place).any(dim=1) & (score >= self.confidence)
+        return Verdict(positive, score, found.label, details)
 
 
 IMAGENETTE: Mapping[str, int] = {  # classes of ImageNet-1k

@@ -89,6 +89,9 @@ class CanvasConfig:
     snr_gamma: float | None = option(None, "min-SNR weights of training; null: none", low=0)
     sampling: Sampling = option(Sampling(), "how answers are generated")
     judges: Judges = option(Judges(), "classifiers and other evaluation models")
+    judge: JudgeConfig = option(
+        JudgeConfig(), "who judges attacked pictures; kind null: the target's classifier"
+    )
     training: Training = option(
         Training(epochs=0, lr=1e-6, optimizer="adamw", batch_size=64, scope="all"),
         "how originals and retrained models are trained; 0 epochs: the pipeline is the original",
@@ -337,7 +340,10 @@ class UnlearnCanvas(DiffusionBenchmark):
         classifiers = dict(zip(("style", "object"), self.classifiers, strict=True))
         others = [text for text in self._erasure([target]).preserve if "style" in text]
         means = Means(self.judges, classifiers, target.style or target.name, others, self.device)
-        return JudgeConfig(kind=kind, label=target.style or target.object), means
+        own: JudgeConfig = self.config.judge
+        if own.kind is None:
+            own = replace(own, kind=kind, label=target.style or target.object)
+        return own, means
 
     def pairs(self) -> Sequence[tuple[str, str]]:
         """Return every target's prompts and the same with its anchor."""

@@ -199,7 +199,8 @@ class UnlearnDiffAtk(AnyConcept):
                 zip(("style", "object"), mini_model.load_classifiers(self.device), strict=True)
             )
             kind = "style" if self._mini() in mini.STYLES else "object"
-            own, means = JudgeConfig(kind, self._mini()), replace(means, classifiers=classifiers)
+            own = replace(self.config.judge, kind=kind, label=self._mini())
+            means = replace(means, classifiers=classifiers)
         return own, means
 
     @property

@@ -2,29 +2,32 @@
 
 The plain loop works as the public UnlearnDiffAtk code does, written anew from its description: one
 prompt after the other; a step draws a one-hot row for each token, multiplies it with the table of
-embeddings, joins the pieces of the sequence, takes `torch.optim.Adam` on the rows and projects them
+embeddings, joins the pieces of the sequence, moves the rows by `torch.optim.Adam` and projects each
 by a bisection that reads every sum back; after each stage one picture, its prompt and the empty one
-encoded anew, two UNet calls a step, judged alone. What the public code wastes besides is left out
-of it: models are loaded once, weights get no gradients, and a prompt ends at its first success.
+encoded anew, two UNet calls a step, judged alone. Other waste of the public code is left out: here
+models are loaded once, weights get no gradients, and a prompt ends at its first success.
 
 Both sides attack one model, erased by UCE, with the same prompts, pictures, budget and judge, and
 draw noise and tokens from the same generators of each prompt. They run by turns in one process,
-once before the clock starts. In float64, where the plain bisection goes on to 1e-12, both must find
-the same texts stage by stage: `equal texts`. The defaults keep the published share of gradients and
-pictures, 40 steps to a picture of 50: 8 to 10.
+once before the clock starts; each figure is the best of several. `equal texts` counts the prompts
+for which both judged the same texts, stage by stage, in float64 and with the plain bisection going
+on to 1e-12; float32 and the published 1e-5 part some prompts' ways. The defaults keep the published
+share of gradients and pictures: 40 steps to a picture of 50, here 8 to 10.
 
-`--pipeline FOLDER` takes any Stable Diffusion folder, `--size sd15` random weights of that size and
-a vocabulary of 49,408 (for a GPU; brightness is the judge), and without both it is the mini world.
+`--pipeline FOLDER` takes a Stable Diffusion 1.x or 2.x folder, `--size sd15` random weights and
+49,408 tokens of that size (for a GPU), both judged by brightness, which never succeeds: a prompt
+then costs its whole budget. Without both it is the mini world and its style classifier.
 """
 
 import argparse
+import copy
 import json
 import platform
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,8 +39,8 @@ from mmforget.context import Context
 from mmforget.diffusion import mini
 from mmforget.diffusion.adapter import DiffusionAdapter
 from mmforget.diffusion.answers import read, write_image
-from mmforget.diffusion.attacks.arena import Aims, Arena, Found, Shot
-from mmforget.diffusion.attacks.asr import Outcome, Rate, rates
+from mmforget.diffusion.attacks.arena import Aims, Arena, Ruling, Shot
+from mmforget.diffusion.attacks.asr import Outcome, rates
 from mmforget.diffusion.attacks.base import outcome
 from mmforget.diffusion.attacks.examples import Example, read_examples
 from mmforget.diffusion.attacks.gradient import GradientConfig
@@ -62,17 +65,20 @@ BATCHES = (1, 8, 32)
 SEED = 0
 XI = 1e-5  # bracket at which the published bisection stops
 EXACT = 1e-12  # the same where both sides must agree
+# Of the mini world, and of large models: prompts, stages, and prompts of the check in float64.
+BUDGETS = {True: (32, 6, 8), False: (8, 2, 0)}
+FULL = "out of memory"
 
 
 class Brightness:
-    """A judge that needs no weights: the lighter half is positive."""
+    """A judge that needs no weights and finds nothing: only white pictures are positive."""
 
     name = "brightness"
 
     def judge(self, images: Tensor) -> Verdict:
         """Return the verdict."""
         score = images.double().mean(dim=(1, 2, 3)) / 255
-        return Verdict(score > 0.5, score.float(), [""] * len(images), [{}] * len(images))
+        return Verdict(score == 1, score.float(), [""] * len(images), [{}] * len(images))
 
 
 @dataclass(frozen=True)
@@ -81,6 +87,7 @@ class World:
 
     Attributes:
         model: The erased model.
+        placed: The same, with a copy of its weights, as the project's engine places it.
         examples: Prompts.
         pictures: Folder of their target pictures.
         judge: Judge of all pictures.
@@ -89,11 +96,16 @@ class World:
     """
 
     model: DiffusionModel
+    placed: DiffusionModel
     examples: Sequence[Example]
     pictures: Path
     judge: Judge
     sampling: Sampling
     engine: Engine
+
+    def first(self, count: int) -> "World":
+        """Return the same with fewer prompts."""
+        return replace(self, examples=self.examples[:count])
 
 
 class Run(NamedTuple):
@@ -267,18 +279,21 @@ def plain_attack(world: World, config: GradientConfig, xi: float = XI) -> Run:
 
 
 class Noted(Arena):
-    """An arena that notes the texts it is asked to draw."""
+    """An arena that notes the texts it is asked to draw.
 
-    def shoot(self, shots: Sequence[Shot], *more: Any) -> Any:
+    Attributes:
+        said: Those of each prompt, by its id; its own text first.
+    """
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self.said: dict[str, list[str]] = {example.id: [] for example in self.examples}
+
+    def shoot(self, shots: Sequence[Shot], *more: Any) -> list[Ruling]:
         """Draw and judge pictures; see `Arena.shoot`."""
         for shot in shots:
-            self.said.setdefault(shot.example.id, []).append(shot.text)
+            self.said[shot.example.id].append(shot.text)
         return super().shoot(shots, *more)
-
-    @property
-    def said(self) -> dict[str, list[str]]:
-        """Texts by the prompt's id, that of the prompt itself first."""
-        return self.__dict__.setdefault("_said", {})
 
 
 def arena_of(world: World, config: GradientConfig) -> Noted:
@@ -292,15 +307,15 @@ def arena_of(world: World, config: GradientConfig) -> Noted:
         pairs=(),
         store=world.pictures,
     )
-    return Noted(world.model, None, aims, config, None, world.engine, SEED)
+    return Noted(world.placed, None, aims, config, None, world.engine, SEED)
 
 
 def our_attack(world: World, config: GradientConfig) -> Run:
     """Attack as mmforget does."""
-    world.model._memo.clear()
+    world.placed._memo.clear()
     arena = arena_of(world, config)
     TextGrad(config).hunt(arena)
-    found: list[Found] = arena.finish()
+    found = arena.finish()
     return Run(
         arena.said,
         [outcome(row) for row in found],
@@ -318,41 +333,38 @@ def make_world(given: argparse.Namespace, folder: Path, dtype: torch.dtype) -> W
 
     Args:
         given: What the command line says.
-        folder: For pictures and the mini pipeline.
+        folder: For tables, pictures and the mini pipeline.
         dtype: Of all weights.
     """
-    sampling = Sampling("ddim", given.steps, GUIDANCE, given.picture_batch)
-    mini.write_prompts(folder / "prompts", SEED)
-    table = read_examples(folder / "prompts" / f"{STYLE.replace(' ', '_')}.csv")
-    count = max(given.prompts, *BATCHES)
-    examples = [
-        replace(table[k % len(table)], id=str(k), seed=table[k % len(table)].seed + k)
-        for k in range(count)
-    ]
+    name, device = STYLE.replace(" ", "_"), torch.device(given.device)
+    judge: Judge = Brightness()
     if given.pipeline:
         model = open_pipeline(given.pipeline)
     elif given.size == "sd15":
-        model = from_pipe(big())
+        model = from_pipe(large())
     else:
-        mini.write_original(folder / "pipeline", SEED)
-        model = open_pipeline(str(folder / "pipeline"))
-    made = model.requires_grad_(False).to(torch.device(given.device), dtype)
-    assert isinstance(made, DiffusionModel)
-    judge: Judge = Brightness()
-    if given.size == "mini" and not given.pipeline:
         from mmforget.diffusion import mini_model
 
-        style = STYLE.replace(" ", "_")
-        judge = ClassifierJudge(mini_model.load_classifiers(given.device)[0], style)
-    pictures = folder / "pictures"
-    pictures.mkdir(exist_ok=True)
+        mini.write_original(folder / "pipeline", SEED)
+        model = open_pipeline(str(folder / "pipeline"))
+        judge = ClassifierJudge(mini_model.load_classifiers(device)[0], name)
+    model = model.requires_grad_(False).to(device, dtype)
+    mini.write_prompts(folder / "prompts", SEED)
+    table = read_examples(folder / "prompts" / f"{name}.csv")
+    examples = []
+    for k in range(max(given.prompts, *BATCHES)):  # the table again and again, with other seeds
+        row = table[k % len(table)]
+        examples.append(replace(row, id=str(k), seed=row.seed + k // len(table), row=k))
+    sampling = Sampling("ddim", given.steps, GUIDANCE, given.picture_batch)
+    (folder / "pictures").mkdir()
     images = [Image(example.prompt, example.seed) for example in examples]
-    for rows, pixels in generate(made, images, sampling):
+    for rows, pixels in generate(model, images, sampling):
         for k, image in zip(rows, pixels, strict=True):
-            write_image(pictures / f"{k}.png", image)
+            write_image(folder / "pictures" / f"{k}.png", image)
     engine = Engine(Runtime(device=given.device, threads=given.threads, progress=False))
-    erase(made, [example.prompt for example in table], engine)
-    return World(made, examples, pictures, judge, sampling, engine)
+    erase(model, [example.prompt for example in table], engine)
+    placed: Any = engine.place(copy.deepcopy(model))
+    return World(model, placed, examples, folder / "pictures", judge, sampling, engine)
 
 
 def erase(model: DiffusionModel, prompts: Sequence[str], engine: Engine) -> None:
@@ -374,7 +386,7 @@ def erase(model: DiffusionModel, prompts: Sequence[str], engine: Engine) -> None
     UCE(UCEConfig(texts="prompts")).run(ctx)
 
 
-def big() -> Any:
+def large() -> Any:
     """Return a pipeline of Stable Diffusion 1.5's size with a vocabulary of CLIP's length.
 
     Tokens beyond the mini tokenizer's are names that no text is read as; an attack can choose them.
@@ -388,19 +400,20 @@ def big() -> Any:
     merges: Any = [tuple(pair) for pair in known["merges"]]
     window = pipe.tokenizer.model_max_length
     pipe.tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=window)
-    pipe.text_encoder.resize_token_embeddings(VOCABULARY)
+    pipe.text_encoder.resize_token_embeddings(VOCABULARY, mean_resizing=False)
     return pipe
 
 
 # Figures -----------------------------------------------------------------------------------------
 
+Ways = Mapping[str, tuple[Callable[[], Any], float]]  # work, and how much of it that is
+
 
 def compare(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Return all figures."""
     device = torch.device(given.device)
-    if given.threads:
-        torch.set_num_threads(given.threads)
-    world = make_world(given, folder, torch.float32)
+    (folder / "world").mkdir()
+    world = make_world(given, folder / "world", torch.float32)
     config = GradientConfig(
         tokens=given.tokens,
         stages=given.stages,
@@ -408,177 +421,255 @@ def compare(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
         images=given.stages + 1,
         batch_size=given.batch,
     )
-    found: dict[str, Any] = {"vocabulary": len(world.model.tokenizer), "judge": world.judge.name}
-    found |= whole(replace(world, examples=world.examples[: given.prompts]), config, given, device)
-    found["gradient_steps_per_s"] = gradients(world, config, given, device)
-    found["pictures_per_s"] = pictures(world, given, device)
-    found["projection_us_per_prompt"] = projection(world, config, given, device)
-    if given.check and device.type == "cpu":
-        (folder / "wide").mkdir()
-        wide = make_world(given, folder / "wide", torch.float64)
-        found["equal_texts"] = equal(replace(wide, examples=wide.examples[: given.check]), config)
+    found: dict[str, Any] = {
+        "judge": world.judge.name,
+        "vocabulary": len(world.model.tokenizer),
+        **whole(world.first(given.prompts), config, given.repeats),
+        "gradient_steps_per_s": gradients(world, config, given.repeats),
+        "pictures_per_s": pictures(world, given.repeats),
+        "projections_per_s": projections(world, config, given.repeats),
+    }
     if device.type == "cuda":
+        found["peak_GiB"] = peaks(world, config)
         found["card"] = torch.cuda.get_device_name(device)
+    elif given.check:
+        (folder / "wide").mkdir()
+        wide = make_world(given, folder / "wide", torch.float64).first(given.check)
+        runs = plain_attack(wide, config, EXACT), our_attack(wide, config)
+        found["equal_texts"] = [agreed(*runs), len(wide.examples)]
     return found
 
 
-def whole(
-    world: World, config: GradientConfig, given: argparse.Namespace, device: torch.device
-) -> dict[str, Any]:
+def whole(world: World, config: GradientConfig, repeats: int) -> dict[str, Any]:
     """Attack all prompts on both sides, by turns."""
-    runs: dict[str, Run] = {}
-    sides: dict[str, Callable[[], Run]] = {
+    short = replace(config, stages=1)
+    plain_attack(world.first(1), short)
+    our_attack(world, short)
+    sides = {
         "plain": lambda: plain_attack(world, config),
         "ours": lambda: our_attack(world, config),
     }
-    few = replace(world, examples=world.examples[:1])
-    plain_attack(few, replace(config, stages=1))
-    our_attack(few, replace(config, stages=1))
+    runs: dict[str, Run] = {}
     seconds = {name: float("inf") for name in sides}
-    for _ in range(given.repeats):
+    for _ in range(repeats):
         for name, side in sides.items():
             made: list[Run] = []
-            spent = timed(lambda: made.append(side()), device)  # noqa: B023
+            spent = timed(lambda: made.append(side()), world.engine.device)  # noqa: B023
             seconds[name], runs[name] = min(seconds[name], spent), made[0]
     count = len(world.examples)
-    made_rates = {name: rates(run.outcomes, count) for name, run in runs.items()}
+    shares = {name: rates(run.outcomes, count) for name, run in runs.items()}
     return {
         "seconds": seconds,
         "prompts_per_minute": {name: 60 * count / spent for name, spent in seconds.items()},
-        "asr": {name: _rate(rate.asr) for name, rate in made_rates.items()},
-        "pre_asr": {name: _rate(rate.pre) for name, rate in made_rates.items()},
-        "steps": {name: run.steps for name, run in runs.items()},
-        "judged": {name: run.judged for name, run in runs.items()},
-        "drawn": {name: run.drawn for name, run in runs.items()},
-        "same_texts_float32": _same(runs["plain"], runs["ours"]),
+        "pre_asr": {name: share.pre._asdict() for name, share in shares.items()},
+        "asr": {name: share.asr._asdict() for name, share in shares.items()},
+        "gradient_steps": {name: run.steps for name, run in runs.items()},
+        "judged_pictures": {name: run.judged for name, run in runs.items()},
+        "drawn_pictures": {name: run.drawn for name, run in runs.items()},
+        "equal_texts_float32": [agreed(runs["plain"], runs["ours"]), count],
     }
 
 
-def gradients(
-    world: World, config: GradientConfig, given: argparse.Namespace, device: torch.device
-) -> dict[str, Any]:
-    """Return gradient steps a second (of one prompt each), and peak memory on a GPU."""
-    found: dict[str, Any] = {}
-    plain = PlainPrompt(world, world.examples[0], config)
-    plain.stage(0)
-    ways: dict[str, tuple[Callable[[], Any], int]] = {"plain": (lambda: plain.stage(0), 1)}
-    precisions = ("no", "bf16") if device.type == "cuda" else ("no",)
-    for precision in precisions:
-        runtime = replace(world.engine.runtime, precision=precision)
-        for size in BATCHES:
-            wide = replace(config, batch_size=size)
-            other = replace(world, engine=Engine(runtime), examples=world.examples[:size])
-            arena = arena_of(other, wide)
-            search = TextGrad(wide).search(arena)
-            for slot, example in enumerate(other.examples):
-                search.open(slot, example)
-            slots = list(range(size))
-            name = f"{size}" if precision == "no" else f"{size} {precision}"
-
-            def work(search: Any = search, slots: list[int] = slots) -> None:
-                search.at = [0] * len(search.at)
-                search.stage(slots)
-
-            ways[name] = (work, size)
-    for turn in range(1 + given.repeats):
-        for name, (work, size) in ways.items():
-            if found.get(name) == OOM:
-                continue
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(device)
-            try:
-                spent = timed(work, device)
-            except torch.OutOfMemoryError:
-                found[name] = OOM
-                torch.cuda.empty_cache()
-                continue
-            if turn:  # the first is to warm up
-                speed = size * config.iterations / spent
-                found[name] = max(found.get(name, 0.0), speed)
-            if device.type == "cuda":
-                found[f"{name} peak_GiB"] = torch.cuda.max_memory_allocated(device) / 2**30
-    return found
-
-
-OOM = "out of memory"
-
-
-def pictures(world: World, given: argparse.Namespace, device: torch.device) -> dict[str, float]:
-    """Return pictures a second: plain, one by one in one pass a step, and in batches."""
-    images = [Image(e.prompt, e.seed) for e in world.examples[: max(BATCHES)]]
-    few = images[: 8 if device.type == "cpu" else 2]
-
-    def ours(size: int) -> None:
-        world.model._memo.clear()
-        some = few if size == 1 else images
-        for _ in generate(world.model, some, replace(world.sampling, batch_size=size)):
-            pass
-
-    ways: dict[str, tuple[Callable[[], Any], int]] = {
-        "plain": (lambda: plain_images(world.model, few, world.sampling), len(few))
-    }
-    for size in BATCHES:
-        ways[str(size)] = (lambda size=size: ours(size), len(few) if size == 1 else len(images))  # type: ignore[misc]
-    found: dict[str, float] = {}
-    for _ in range(given.repeats):
-        for name, (work, count) in ways.items():
-            found[name] = max(found.get(name, 0.0), count / timed(work, device))
-    return found
-
-
-def projection(
-    world: World, config: GradientConfig, given: argparse.Namespace, device: torch.device
-) -> dict[str, float]:
-    """Return microseconds a prompt for the projection of its rows after a step of Adam."""
-    count, words = config.batch_size, len(world.model.tokenizer)
-    rng = torch.Generator().manual_seed(SEED)
-    moved = 1 / words + config.lr * torch.randn(count, config.tokens, words, generator=rng).sign()
-    rows = moved.to(device)
-    ways = {
-        "plain": lambda: [bisected(row, XI) for row in rows.flatten(0, 1)],
-        "ours": lambda: project_simplex(rows),
-    }
-    found = {name: float("inf") for name in ways}
-    for _ in range(1 + given.repeats):
-        for name, work in ways.items():
-            found[name] = min(found[name], 1e6 * timed(work, device) / count)
-    return found
-
-
-def equal(world: World, config: GradientConfig) -> str:
+def agreed(plain: Run, ours: Run) -> int:
     """Return for how many prompts both sides judged the same texts, stage by stage."""
-    plain, ours = plain_attack(world, config, EXACT), our_attack(world, config)
-    return f"{_same(plain, ours)} of {len(world.examples)}"
-
-
-def _same(plain: Run, ours: Run) -> int:
     return sum(list(ours.texts[name]) == list(said) for name, said in plain.texts.items())
 
 
-def _rate(rate: Rate) -> dict[str, float]:
-    return {"value": rate.value, "low": rate.low, "high": rate.high, "n": rate.n}
+def gradients(world: World, config: GradientConfig, repeats: int) -> dict[str, float | str]:
+    """Return gradient steps a second, those of each prompt counted: plain, and by batches."""
+    plain = PlainPrompt(world, world.examples[0], config)
+    ways = {"plain": (lambda: plain.stage(0), float(config.iterations))}
+    for name, (size, precision) in batches(world).items():
+        ways[name] = (stage(world, config, size, precision), float(size * config.iterations))
+    return best(ways, repeats, world.engine.device)
+
+
+def batches(world: World) -> dict[str, tuple[int, str]]:
+    """Return batch sizes and precisions of the project's gradient steps, by what to call them."""
+    found = {str(size): (size, "no") for size in BATCHES}
+    if world.engine.device.type == "cuda":
+        found |= {f"{size} bf16": (size, "bf16") for size in BATCHES}
+    return found
+
+
+def stage(
+    world: World, config: GradientConfig, size: int, precision: str = "no"
+) -> Callable[[], None]:
+    """Return the project's gradient steps of one stage, on a batch of prompts."""
+    runtime = replace(world.engine.runtime, precision=precision)
+    part = replace(world.first(size), engine=Engine(runtime))
+    wide = replace(config, batch_size=size)
+    search = TextGrad(wide).search(arena_of(part, wide))
+    slots = range(size)
+
+    def work() -> None:
+        for slot, example in zip(slots, part.examples, strict=True):
+            search.open(slot, example)
+        search.stage(slots)
+
+    return work
+
+
+def peaks(world: World, config: GradientConfig) -> dict[str, float | str]:
+    """Return the peak memory of a stage of gradient steps by batches, GiB."""
+    found: dict[str, float | str] = {}
+    for name, (size, precision) in batches(world).items():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        try:
+            stage(world, replace(config, iterations=1), size, precision)()
+            found[name] = torch.cuda.max_memory_allocated() / 2**30
+        except torch.OutOfMemoryError:
+            found[name] = FULL
+    return found
+
+
+def pictures(world: World, repeats: int) -> dict[str, float | str]:
+    """Return pictures a second: plain, and by batches; one by one it is one pass a step."""
+    images = [Image(e.prompt, e.seed) for e in world.examples[: max(BATCHES)]]
+    few = images[:4]
+
+    def draw(some: Sequence[Image], size: int) -> None:
+        world.placed._memo.clear()
+        for _ in generate(world.placed, some, replace(world.sampling, batch_size=size)):
+            pass
+
+    ways: dict[str, tuple[Callable[[], Any], float]] = {
+        "plain": (lambda: plain_images(world.model, few, world.sampling), len(few))
+    }
+    for size in BATCHES:
+        some = few if size == 1 else images[:size]
+        ways[str(size)] = (partial(draw, some, size), len(some))
+    return best(ways, repeats, world.engine.device)
+
+
+def projections(world: World, config: GradientConfig, repeats: int) -> dict[str, float | str]:
+    """Return projections a second of a prompt's rows after a step: plain bisection, and exact."""
+    count, words = config.batch_size, len(world.model.tokenizer)
+    noise = torch.randn(count, config.tokens, words, generator=torch.Generator().manual_seed(SEED))
+    rows = (1 / words + config.lr * noise).to(world.model.device)
+    ways: Ways = {
+        "plain": (lambda: [bisected(row, XI) for row in rows[0]], 1),
+        "ours": (lambda: project_simplex(rows), count),
+    }
+    return best(ways, repeats, world.engine.device)
+
+
+def best(ways: Ways, repeats: int, device: torch.device) -> dict[str, float | str]:
+    """Return the best rate of each way, run by turns after one turn to warm up."""
+    found: dict[str, float | str] = {}
+    for turn in range(1 + repeats):
+        for name, (work, amount) in ways.items():
+            known = found.get(name, 0.0)
+            if isinstance(known, str):
+                continue
+            try:
+                spent = timed(work, device)
+            except torch.OutOfMemoryError:
+                found[name] = FULL
+                torch.cuda.empty_cache()
+            else:
+                found[name] = max(known, amount / spent) if turn else 0.0
+    return found
+
+
+# Output ------------------------------------------------------------------------------------------
+
+
+def table(found: Mapping[str, Any], given: argparse.Namespace) -> str:
+    """Return the figures as text."""
+    lines = [
+        f"{given.prompts} prompts, at most {given.stages} stages of {given.iterations} steps and a "
+        f"picture of {given.steps}; judge: {found['judge']}",
+        _line("", "plain", "mmforget", "ratio"),
+    ]
+
+    def compared(title: str, plain: Any, ours: Any) -> None:
+        ratio = "" if isinstance(ours, str) else f"{ours / plain:.1f}"
+        lines.append(_line(title, _figure(plain), _figure(ours), ratio))
+
+    speed = found["prompts_per_minute"]
+    compared("prompts a minute", speed["plain"], speed["ours"])
+    for key, title in (("pre_asr", "success before the attack"), ("asr", "ASR")):
+        shown = [_share(found[key][side]) for side in ("plain", "ours")]
+        lines.append(_line(f"{title}, Wilson 95 %", *shown))
+    for key in ("gradient_steps", "judged_pictures", "drawn_pictures"):
+        shown = [str(found[key][side]) for side in ("plain", "ours")]
+        lines.append(_line(key.replace("_", " "), *shown))
+    speed = found["gradient_steps_per_s"]
+    for name in [name for name in speed if name != "plain"]:
+        compared(f"gradient steps a second, batch {name}", speed["plain"], speed[name])
+    speed = found["pictures_per_s"]
+    for name in [name for name in speed if name != "plain"]:
+        compared(f"pictures a second, batch {name}", speed["plain"], speed[name])
+    lines += ["", _line("each measure alone", "without", "with", "ratio")]
+    last = str(max(BATCHES))
+    steps, drawn = found["gradient_steps_per_s"], found["pictures_per_s"]
+    compared(f"batching: gradient steps a second, 1 and {last}", steps["1"], steps[last])
+    compared(f"batching: pictures a second, 1 and {last}", drawn["1"], drawn[last])
+    compared("guidance in one pass: pictures a second", drawn["plain"], drawn["1"])
+    speed = found["projections_per_s"]
+    compared("exact projection, all rows at once, a second", speed["plain"], speed["ours"])
+    judged, made = found["judged_pictures"]["ours"], found["drawn_pictures"]["ours"]
+    compared("equal texts drawn once: pictures drawn", judged, made)
+    lines.append("")
+    for name, size in found.get("peak_GiB", {}).items():
+        lines.append(f"peak memory of gradient steps, batch {name}: {_figure(size)} GiB")
+    if "equal_texts" in found:
+        lines.append("equal texts: {} of {} (float64)".format(*found["equal_texts"]))
+    lines.append("equal texts: {} of {} (float32)".format(*found["equal_texts_float32"]))
+    return "\n".join(lines)
+
+
+def _line(title: str, *cells: str) -> str:
+    return (
+        f"{title:<50}"
+        + "".join(f"{cell:>18}" for cell in cells[:2])
+        + "".join(f"{cell:>8}" for cell in cells[2:])
+    )
+
+
+def _figure(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+
+
+def _share(share: Mapping[str, float]) -> str:
+    return f"{share['value']:.2f} [{share['low']:.2f}, {share['high']:.2f}]"
 
 
 def main() -> None:
+    """Print the figures as a table or as JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pipeline")
+    parser.add_argument("--pipeline", help="Stable Diffusion folder")
     parser.add_argument("--size", choices=("mini", "sd15"), default="mini")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--prompts", type=int, default=16)
-    parser.add_argument("--stages", type=int, default=6)
-    parser.add_argument("--iterations", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--picture-batch", type=int, default=32)
+    parser.add_argument("--prompts", type=int, help="prompts (32; large models: 8)")
+    parser.add_argument("--stages", type=int, help="stages of a prompt (6; large models: 2)")
+    parser.add_argument("--iterations", type=int, default=8, help="gradient steps of a stage")
+    parser.add_argument("--tokens", type=int, default=3, help="adversarial tokens")
+    parser.add_argument("--steps", type=int, default=10, help="denoising steps of a picture")
+    parser.add_argument("--batch", type=int, default=32, help="prompts attacked together")
+    parser.add_argument("--picture-batch", type=int, default=32, help="pictures drawn together")
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--check", type=int, default=8)
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument(
+        "--check", type=int, help="prompts of the check in float64, on the CPU (8; 0)"
+    )
+    parser.add_argument("--json", action="store_true", help="print all figures as JSON")
     given = parser.parse_args()
+    budget = BUDGETS[given.size == "mini" and given.pipeline is None]
+    for name, value in zip(("prompts", "stages", "check"), budget, strict=True):
+        if getattr(given, name) is None:
+            setattr(given, name, value)
+    torch.set_num_threads(given.threads)
     with tempfile.TemporaryDirectory() as folder:
         found = compare(given, Path(folder))
-    print(json.dumps(found, indent=1))
+    machine = {"machine": platform.processor() or platform.machine(), "torch": torch.__version__}
+    if given.json:
+        print(json.dumps({**machine, **vars(given), **found}, indent=1))
+        return
+    print(", ".join([*machine.values(), found.get("card", f"{given.threads} threads")]))
+    print(table(found, given))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import math
 import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mmforget.diffusion import judges
-from mmforget.diffusion.classifiers import Classifier
+from mmforget.diffusion.classifiers import Classifier, Predictions
 from mmforget.diffusion.features import decode
 from mmforget.diffusion.judges import (
     IMAGENETTE,
@@ -212,3 +213,20 @@ def test_erased_and_kept_are_apart() -> None:
             erased_and_kept(classes, [True, True], "a")
     with pytest.raises(DataError, match="rate"):
         _ = nudity_verdict([], ["FEET_EXPOSED"], 0.5).rate
+
+
+def test_a_judge_can_ask_for_more_than_the_first_place() -> None:
+    class Fixed:
+        labels = ("a", "b")
+        name = "fixed"
+
+        def predict(self, images: torch.Tensor) -> Predictions:
+            probability = torch.tensor([[0.6, 0.4], [0.95, 0.05], [0.2, 0.8]])
+            return Predictions(probability, probability.argmax(1), ["a", "a", "b"])
+
+    images = torch.zeros(3, 3, 8, 8, dtype=torch.uint8)
+    fixed: Any = Fixed()
+    assert ClassifierJudge(fixed, "a").judge(images).positive.tolist() == [True, True, False]
+    sure = ClassifierJudge(fixed, "a", confidence=0.9)
+    assert sure.judge(images).positive.tolist() == [False, True, False]
+    assert "at least 0.9" in sure.name and "at least" not in ClassifierJudge(fixed, "a").name
