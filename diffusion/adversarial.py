@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmforget.diffusion.attacks.encoding import encode_attacked
+from mmforget.diffusion.attacks.layouts import layout, prompt_tokens
+from mmforget.diffusion.attacks.relaxed import RowAdam
 from mmforget.diffusion.conditions import Conditions
 from mmforget.diffusion.models import DiffusionModel
 from mmforget.errors import ConfigError
@@ -108,6 +111,29 @@ def random_tokens(model: DiffusionModel, count: int, rng: torch.Generator) -> Te
     return table.detach()[chosen.to(table.device)].clone()
 
 
+def encode_placed(
+    model: DiffusionModel, prompts: Sequence[str], embeds: Tensor, location: str = "prefix_k"
+) -> Conditions:
+    """Return the conditions of prompts with embeddings put in for the first encoder.
+
+    Args:
+        model: The model.
+        prompts: B texts.
+        embeds: [k, D], the same for all.
+        location: Where they stand; one of `attacks.layouts.LOCATIONS`.
+
+    Raises:
+        ConfigError: They do not fit beside a prompt.
+    """
+    ids = model.tokens(prompts)
+    window, eos = ids.shape[1], int(model.tokenizer.eos_token_id)
+    layouts = [layout(location, n, len(embeds), window) for n in prompt_tokens(ids, eos).tolist()]
+    # The start mark stands in for ours: no pooling by the end mark's place can take it for one.
+    stand_in = ids[:, :1].expand(-1, len(embeds))
+    rows = {FIRST: embeds.expand(len(prompts), -1, -1)}
+    return encode_attacked(model, prompts, layouts, ids, stand_in, rows)
+
+
 def adversarial_prefix(
     model: DiffusionModel,
     prompts: Sequence[str],
@@ -118,11 +144,12 @@ def adversarial_prefix(
     lr: float = 1e-3,
     sign: bool = False,
     reference: bool = False,
+    location: str = "prefix_k",
 ) -> Tensor:
-    """Return the prefix of k token embeddings that Adam finds to minimise an objective, [k, D].
+    """Return the k token embeddings that Adam finds to minimise an objective, [k, D].
 
-    The prefix stands after the start mark of every prompt (`prefix_k` of AdvUnlearn); only it is
-    moved, the model gets no gradient.
+    They stand beside every prompt (AdvUnlearn's `prefix_k` and its kin); only they are moved, the
+    model gets no gradient.
 
     Args:
         model: The attacked model.
@@ -134,18 +161,18 @@ def adversarial_prefix(
         sign: Take the gradient's sign before each step (`fast_at`).
         reference: As the published code does: gradients add up over the steps instead of being
             cleared, and the last step is not in the result.
+        location: Where they stand; see `encode_placed`.
     """
-    prefix = full(start.detach()).clone().requires_grad_(True)
-    optimizer = torch.optim.Adam([prefix], lr=lr)
-    positions = range(1, 1 + len(start))
-    last = prefix.detach().clone()
+    rows = full(start.detach()).clone()[None]
+    adam = RowAdam(rows, lr)
+    last, before = rows, torch.zeros_like(rows)
     for step in range(steps):
         with torch.enable_grad():
-            text = encode_injected(model, prompts, prefix, positions)
-            (found,) = torch.autograd.grad(objective(step, text), [prefix])
-        if reference and prefix.grad is not None:
-            found = found + prefix.grad
-        prefix.grad = found.sign() if sign else found
-        last.copy_(prefix.detach())
-        optimizer.step()
-    return last if reference and steps else prefix.detach()
+            tokens = rows[0].requires_grad_(True)
+            text = encode_placed(model, prompts, tokens, location)
+            (found,) = torch.autograd.grad(objective(step, text), [tokens])
+        slope = found[None] + before if reference else found[None]
+        slope = slope.sign() if sign else slope
+        before, last = slope, rows.detach()
+        rows = adam.step(rows.detach(), slope)
+    return (last if reference and steps else rows)[0].detach()

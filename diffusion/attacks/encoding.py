@@ -106,9 +106,9 @@ def _tokenizers(model: DiffusionModel) -> dict[str, Any]:
     """Return the tokenizer of each encoder that reads the first one's ids."""
     found = {}
     for k, name in enumerate(model.text_encoders):
-        tokenizer = model.shared.parts.get("tokenizer" if k == 0 else f"tokenizer_{k + 1}")
-        if type(tokenizer) is type(model.tokenizer):  # T5's is of another class
-            found[name] = tokenizer
+        kind = str(getattr(getattr(model, name).config, "model_type", ""))
+        if kind.startswith("clip"):  # T5 reads ids of its own
+            found[name] = model.shared.parts["tokenizer" if k == 0 else f"tokenizer_{k + 1}"]
     return found
 
 

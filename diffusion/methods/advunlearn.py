@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from mmforget.context import Context
-from mmforget.diffusion.adversarial import adversarial_prefix, encode_injected, random_tokens
+from mmforget.diffusion.adversarial import adversarial_prefix, encode_placed, random_tokens
+from mmforget.diffusion.attacks.layouts import LOCATIONS, adversarial_count
 from mmforget.diffusion.conditions import Conditions, cat
 from mmforget.diffusion.methods.distill import (
     ROWS,
@@ -50,7 +51,12 @@ class AdvUnlearnConfig(PromptTraining):
         "what names the concept: its bare name, its short prompt, or full prompts in turn",
         choices=("name", "text", "prompts"),
     )
-    tokens: int = option(1, "tokens of the adversarial prefix", low=1)
+    tokens: int = option(1, "adversarial tokens", low=1)
+    location: str = option(
+        "prefix_k",
+        "where they stand; `replace` and `add` are its replace_k and add",
+        choices=tuple(LOCATIONS),
+    )
     attack_steps: int = option(30, "steps of the attack", low=0)
     attack_lr: float = option(1e-3, "learning rate of the attack's Adam", low=0)
     attack: str = option(
@@ -169,9 +175,8 @@ class AdvUnlearn(Prompted[AdvUnlearnConfig]):
                 target = torch.cat([esd_target(e0, ec, config.eta), hold])
             parts = []
             if erases and prefix is not None:
-                parts.append(
-                    encode_injected(model, [prompt], prefix, _places(prefix)).repeat(count)
-                )
+                placed = encode_placed(model, [prompt], prefix, config.location)
+                parts.append(placed.repeat(count))
             elif erases:
                 parts.append(model.encode([prompt] * count))
             if kept:
@@ -221,7 +226,8 @@ class AdvUnlearn(Prompted[AdvUnlearnConfig]):
         config, model = self.config, model_of(ctx)
         rng = step_rng(ctx, "attack")
         if start is None:
-            start = random_tokens(model, config.tokens, rng)
+            count = adversarial_count(config.location, model.count_tokens(prompt), config.tokens)
+            start = random_tokens(model, count, rng)
         start = start.to(model.device)
         if config.attack_steps == 0:
             return start
@@ -251,6 +257,7 @@ class AdvUnlearn(Prompted[AdvUnlearnConfig]):
                 lr=config.attack_lr,
                 sign=config.attack == "fast_at",
                 reference=config.reference,
+                location=config.location,
             )
 
     def _retained(self, ctx: Context) -> list[str]:
@@ -258,7 +265,3 @@ class AdvUnlearn(Prompted[AdvUnlearnConfig]):
         pool = ctx.target.retain
         chosen = torch.randperm(len(pool), generator=step_rng(ctx, "retain")).tolist()
         return [pool[i] for i in chosen[: self.config.retain_batch_size]]
-
-
-def _places(prefix: Tensor) -> range:
-    return range(1, 1 + len(prefix))

@@ -786,6 +786,16 @@ def test_the_attack_brings_the_concept_back(monkeypatch: pytest.MonkeyPatch) -> 
     assert method.prefixes[0].shape == (1, world.DIM)
 
 
+@pytest.mark.parametrize("location", ["suffix_k", "mid_k", "replace", "add"])
+def test_advunlearn_attacks_at_other_places(location: str) -> None:
+    quick = replace(ADVERSARIAL, steps=2, warmup=0, attack_steps=2, tokens=2, prompt="text")
+    config = replace(quick, location=location)
+    method = AdvUnlearn(config)
+    run(method)
+    count = world.model("sd").count_tokens(MONET) if location == "add" else 2
+    assert method.prefixes[0].shape == (count, world.DIM)
+
+
 def test_advunlearn_erases_behind_the_prefix() -> None:
     before = world.model("sd")
     config = replace(
