@@ -17,6 +17,7 @@ from mmforget.report.svg import MUTED, Picture, dashes, series
 SIDE = 96  # pixels of a picture on the page
 SHOWN = 6  # prompts of a run and attack
 TRANSFER = "diffusion/transfer"
+APART = (TRANSFER, "diffusion/no_attack")  # shown in a table and a column of their own
 UNSAFE = ("NudeNet", "Q16")  # judges whose pictures are shown behind a click
 STYLE = """<style>
 .prompts table{border-collapse:collapse;font-size:.82rem}
@@ -29,7 +30,7 @@ border:0;background:none}
 .grid{overflow-x:auto}
 .grid table{border-collapse:collapse;font-size:.85rem}
 .grid td,.grid th{padding:.3rem .7rem;text-align:right;border-bottom:1px solid var(--line)}
-.grid td small{display:block;color:var(--muted);font-size:.72rem}
+.grid td small{display:block;color:var(--muted);font-size:.72rem;white-space:nowrap}
 .grid th:first-child{text-align:left}
 .curves{display:flex;flex-wrap:wrap;gap:1rem}
 .curves figure{margin:0;width:19rem}
@@ -53,8 +54,8 @@ def _on_prompts(attack: AttackResult) -> bool:
 
 def _attacks(runs: Sequence[RunResult]) -> list[str]:
     """Return the attacks of the runs, in the order they were run."""
-    names = [n for run in runs for n, a in run.attacks.items() if _on_prompts(a) and n != TRANSFER]
-    return list(dict.fromkeys(names))
+    names = [n for run in runs for n, a in run.attacks.items() if _on_prompts(a)]
+    return [name for name in dict.fromkeys(names) if name not in APART]
 
 
 def _short(name: str) -> str:

@@ -343,7 +343,7 @@ def _listed(
             named = ",".join(name for name in chosen if name) or "none"
             found.append(f"attack.{name} is set, but attack={named} leaves it out")
         elif full is not None:
-            tuned[full] = section
+            tuned[full] = {**tuned.get(full, {}), **(section or {})}  # of both its names
     values = {**merged, "attack": {name: tuned.get(name) for name in chosen if name is not None}}
     if "metrics" in lists:
         values["metrics"] = lists["metrics"]

@@ -250,3 +250,12 @@ def test_a_whole_request_replaces_the_one_of_the_mini_world() -> None:
     published = plan([*words, "data=local", "data.root=x"]).sections["request"].n
     assert plan([*words, "request={}"]).sections["request"].n == published
     assert plan([*words, "request.n=7"]).sections["request"].n == 7
+
+
+def test_an_attack_keeps_the_options_of_the_mini_world_beside_those_typed() -> None:
+    words = ["benchmark=diffusion/unlearncanvas", "data=mini", "model=mini", "method=esd"]
+    made = plan([*words, "attack=text_grad", "attack.text_grad.limit=3"])
+    chosen = made.attacks["diffusion/text_grad"]
+    assert (chosen.limit, chosen.stages, chosen.images) == (3, 20, 21)
+    local = plan([*words[:1], "data=local", "method=esd", "attack=text_grad"])
+    assert local.attacks["diffusion/text_grad"].images == 51
