@@ -23,7 +23,11 @@ def pipeline_folder(path: Path, words: Sequence[str]) -> Opened | None:
     if not (path / "model_index.json").is_file():
         return None
     given = {_key(word): _value(word) for word in words if _key(word)}
-    others = [word for word in words if not _key(word)]
+    others = [
+        f"benchmark.{word}" if word.startswith("judge.") else word
+        for word in words
+        if not _key(word)
+    ]
     if "prompts" not in given:
         raise ConfigError(
             f"{path} is a diffusers pipeline: say prompts=FILE.csv, prompts that drew the concept "

@@ -123,6 +123,8 @@ def test_words_of_the_opener(tmp_path: Path) -> None:
     assert "model.pipeline='SD'" in made.words
     assert "request.concept='vangogh'" in made.words
     assert "benchmark.judge={kind: clip, label: x}" in made.words
+    dotted = pipeline_folder(tmp_path, ["prompts=x.csv", "judge.kind='hf'"])  # as from Python
+    assert dotted is not None and "benchmark.judge.kind='hf'" in dotted.words
     alone = pipeline_folder(tmp_path, ["prompts=x.csv", "request.concept=cat"])
     assert alone is not None and alone.checkpoint is None
     assert not any(word.startswith("request.concept='") for word in alone.words)
