@@ -181,7 +181,9 @@ def write_pipeline(folder: Path, seed: int) -> None:
         seed: Seed of the weights that are drawn anew.
     """
     from mmforget.diffusion.mini_model import make_pipeline
+    from mmforget.diffusion.models import quiet
 
+    quiet()
     pipeline: Any = make_pipeline(seed)
     pipeline.save_pretrained(folder)
 
@@ -194,7 +196,9 @@ def write_original(folder: Path, seed: int) -> None:
         seed: Not used: there is one original.
     """
     from mmforget.diffusion.mini_model import make_pipeline, shipped_unet
+    from mmforget.diffusion.models import quiet
 
+    quiet()
     pipeline: Any = make_pipeline(seed)
     pipeline.unet.load_state_dict(shipped_unet())
     pipeline.save_pretrained(folder)

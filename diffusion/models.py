@@ -463,6 +463,15 @@ class DiffusionModel(nn.Module):
         return made
 
 
+def quiet() -> None:
+    """Turn off the libraries' progress bars: among ours they say nothing."""
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
+
+
 def open_pipeline(source: str, dtype: torch.dtype = torch.float32) -> DiffusionModel:
     """Open a pipeline folder or hub id.
 
@@ -470,10 +479,8 @@ def open_pipeline(source: str, dtype: torch.dtype = torch.float32) -> DiffusionM
         DataError: It is no pipeline of a family known here, or a component is missing or wrong.
     """
     import diffusers
-    import transformers
 
-    for library in (diffusers, transformers):  # bars of libraries among ours say nothing
-        library.utils.logging.disable_progress_bar()
+    quiet()
     place = Path(source).expanduser()
     if place.is_dir():
         _check_folder(place)
