@@ -1,8 +1,6 @@
 """Token embeddings put into a prompt: continuous attacks on the first text encoder."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -12,96 +10,9 @@ from mmforget.diffusion.attacks.layouts import layout, prompt_tokens
 from mmforget.diffusion.attacks.relaxed import RowAdam
 from mmforget.diffusion.conditions import Conditions
 from mmforget.diffusion.models import DiffusionModel
-from mmforget.errors import ConfigError
 from mmforget.types import full
 
 FIRST = "text_encoder"
-
-
-@contextmanager
-def injected(
-    model: DiffusionModel, embeds: Tensor, positions: Sequence[int], insert: bool = True
-) -> Iterator[None]:
-    """Give the first text encoder some token embeddings of our own, whatever it is asked to read.
-
-    Other encoders read the prompt as it is. Gradients flow to `embeds`.
-
-    Args:
-        model: The model.
-        embeds: [k, D] for every row alike, or [B, k, D].
-        positions: Where they stand in the sequence in the end; 0 is the start mark.
-        insert: Move the prompt's tokens aside, so that the last k of the sequence (padding, unless
-            the prompt fills it) drop out; its last place keeps its mark. False: take their place.
-
-    Raises:
-        ConfigError: There are not as many positions as embeddings, or one is outside the sequence.
-    """
-    encoder: Any = getattr(model, FIRST)
-    table = encoder.get_input_embeddings()
-    window = int(model.tokenizer.model_max_length)
-    if len(positions) != embeds.shape[-2] or not all(0 < p < window for p in positions):
-        raise ConfigError(
-            f"{embeds.shape[-2]} token embeddings for the positions {list(positions)}: give each "
-            f"its own, from 1 to {window - 1}"
-        )
-    place = torch.tensor(list(positions), device=embeds.device)
-    rest = [p for p in range(window) if p not in set(positions)]
-
-    def moved(row: Tensor, value: Tensor) -> Tensor:
-        """Insert `value` [B, 1] into rows [B, T] at the positions."""
-        made = value.expand(-1, row.shape[1]).clone()
-        made[:, rest] = row[:, : len(rest)]
-        if rest and rest[-1] == window - 1:
-            made[:, -1] = row[:, -1]
-        return made
-
-    def before(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        # The start mark stands in for ours: no pooling by the end mark's place can take it for one.
-        ids = args[0] if args else kwargs["input_ids"]
-        ids = moved(ids, ids[:, :1])
-        if kwargs.get("attention_mask") is not None:
-            mask = kwargs["attention_mask"]
-            kwargs = {**kwargs, "attention_mask": moved(mask, torch.ones_like(mask[:, :1]))}
-        if args:
-            return (ids, *args[1:]), kwargs
-        return args, {**kwargs, "input_ids": ids}
-
-    def after(_: Any, __: Any, output: Tensor) -> Tensor:
-        ours = embeds.to(output.dtype).expand(len(output), -1, -1)
-        return output.index_copy(1, place, ours)
-
-    hooks = [table.register_forward_hook(after)]
-    if insert:
-        hooks.append(encoder.register_forward_pre_hook(before, with_kwargs=True))
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def encode_injected(
-    model: DiffusionModel,
-    prompts: Sequence[str],
-    embeds: Tensor,
-    positions: Sequence[int],
-    insert: bool = True,
-) -> Conditions:
-    """Return the conditions of prompts with embeddings put into them; nothing is remembered.
-
-    Args:
-        model: The model.
-        prompts: B texts.
-        embeds: See `injected`.
-        positions: See `injected`.
-        insert: See `injected`.
-
-    Raises:
-        ConfigError: See `injected`.
-    """
-    with injected(model, embeds, positions, insert):
-        found, pooled, ids = model._encode(list(prompts))
-    return Conditions(found, pooled, ids, tuple(prompts))
 
 
 def random_tokens(model: DiffusionModel, count: int, rng: torch.Generator) -> Tensor:
@@ -114,7 +25,7 @@ def random_tokens(model: DiffusionModel, count: int, rng: torch.Generator) -> Te
 def encode_placed(
     model: DiffusionModel, prompts: Sequence[str], embeds: Tensor, location: str = "prefix_k"
 ) -> Conditions:
-    """Return the conditions of prompts with embeddings put in for the first encoder.
+    """Return the conditions of prompts with embeddings put in for the first encoder alone.
 
     Args:
         model: The model.
@@ -131,7 +42,7 @@ def encode_placed(
     # The start mark stands in for ours: no pooling by the end mark's place can take it for one.
     stand_in = ids[:, :1].expand(-1, len(embeds))
     rows = {FIRST: embeds.expand(len(prompts), -1, -1)}
-    return encode_attacked(model, prompts, layouts, ids, stand_in, rows)
+    return encode_attacked(model, prompts, layouts, ids, stand_in, rows, every=False)
 
 
 def adversarial_prefix(

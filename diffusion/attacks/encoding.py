@@ -45,8 +45,11 @@ def encode_attacked(
     ids: Tensor,
     adversarial: Tensor,
     embeds: Mapping[str, Tensor],
+    every: bool = True,
 ) -> Conditions:
     """Return the conditions of prompts with adversarial tokens put in; nothing is remembered.
+
+    Gradients flow to the embeddings, and to an encoder's own weights if it is in training.
 
     Args:
         model: The model.
@@ -54,16 +57,18 @@ def encode_attacked(
         layouts: Where the tokens of each prompt stand.
         ids: The prompts' own ids, whole windows, int64 [B, T].
         adversarial: Ids put in, int64 [B, K]; a layout may use fewer of them.
-        embeds: For each encoder of `tables` their embeddings, [B, K, D]; gradients flow to them.
-            Without an encoder's, it reads those of the ids.
+        embeds: For encoders of `tables` their embeddings, [B, K, D].
+        every: Encoders without embeddings read those of the ids; False: the prompt as it is.
     """
     ids, adversarial = ids.to(model.device), adversarial.to(model.device)
     plan = {}
     for name, tokenizer in _tokenizers(model).items():
+        if not every and name not in embeds:
+            continue
         own = _padded(ids, model.tokenizer.eos_token_id, tokenizer.pad_token_id)
         rows = None
         if name in embeds:
-            table = getattr(model, name).get_input_embeddings().weight.detach()
+            table = getattr(model, name).get_input_embeddings().weight
             rows = adversarial_embeds(layouts, table[own], embeds[name].to(table.dtype))
         plan[name] = (adversarial_ids(layouts, own, adversarial), rows)
     first = next(iter(plan.values()))[0]

@@ -5,7 +5,7 @@ of the batch, each at its own stage, with its own noise; then the text is drawn 
 is a sum over prompts, so their gradients do not mix.
 """
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -31,7 +31,7 @@ from mmforget.options import option
 
 
 @dataclass(frozen=True)
-class StepsConfig(PromptAttackConfig):
+class StepsConfig(PromptAttackConfig, ABC):
     """Tokens and steps of a search; defaults are those of UnlearnDiffAtk (nudity: 5 tokens)."""
 
     tokens: int = option(3, "adversarial tokens (k)", low=1)
@@ -42,9 +42,9 @@ class StepsConfig(PromptAttackConfig):
     loss: str = option("l2", "distance of predictions", choices=LOSSES)
 
     @property
+    @abstractmethod
     def locations(self) -> tuple[str, ...]:
         """Where the tokens stand; several take an equal share of the stages, one by one."""
-        raise NotImplementedError
 
     @property
     def drawn_stages(self) -> int:
@@ -67,7 +67,7 @@ class GradientConfig(StepsConfig):
 ConfigT = TypeVar("ConfigT", bound=StepsConfig)
 
 
-class GradientSearch:
+class GradientSearch(ABC):
     """`arena.Search` by gradients: a subclass keeps tokens for every slot, and moves them.
 
     Args:

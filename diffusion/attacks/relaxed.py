@@ -9,7 +9,7 @@ tokens and vocabulary, and waits for the device at most once a call.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import reduce
 
 import numpy as np
@@ -272,29 +272,6 @@ def nearest_tokens(embeds: Tensor, vocabulary: Vocabulary | Tensor) -> Tensor:
     known = vocabulary if isinstance(vocabulary, Vocabulary) else Vocabulary(vocabulary)
     cosine = functional.normalize(full(embeds), dim=-1) @ known.unit.T
     return cosine.argmax(dim=-1)
-
-
-def pez_step(
-    points: Tensor,
-    vocabulary: Vocabulary,
-    gradient: Callable[[Tensor], Tensor],
-    optimizer: RowAdam,
-    rows: Sequence[int] | Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Return hard prompts' points after one step, and the ids they stood for before it.
-
-    PEZ: the gradient is taken at the tokens nearest to the points and applied to the points.
-
-    Args:
-        points: [R, k, D].
-        vocabulary: The tokens.
-        gradient: Given embeddings of tokens [R, k, D], the gradient there of what is minimised.
-        optimizer: Keeps the state of all P prompts.
-        rows: Which of them these are; None: all.
-    """
-    ids = nearest_tokens(points, vocabulary)
-    found = gradient(full(vocabulary.table[ids]))
-    return optimizer.step(points, found, rows), ids
 
 
 def timesteps(total: int = 1000, count: int = 50) -> list[int]:

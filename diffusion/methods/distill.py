@@ -4,6 +4,7 @@ A step sees B (concept, noise) pairs. Its latents x_t come from partial denoisin
 the concept; the model is matched to a target made of the original model's predictions at x_t.
 """
 
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -125,12 +126,12 @@ class Prompted(UnlearningMethod[ConfigT]):
         ctx.scope(self.config.scope)
         self.keep(ctx)
 
+    @abstractmethod
     def loss(self, ctx: Context, batch: Batch) -> dict[str, Tensor]:
         """Return the loss of one micro-batch (`batch.data`: `Pairs`) as named terms.
 
         Scale them by `ctx.mean` (values of rows) or `ctx.once`.
         """
-        raise NotImplementedError
 
     def after_backward(self, ctx: Context) -> None:
         """Mask or project gradients, which are summed over processes by now."""

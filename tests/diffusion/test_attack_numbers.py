@@ -32,7 +32,6 @@ from mmforget.diffusion.attacks.relaxed import (
     Vocabulary,
     clamped,
     nearest_tokens,
-    pez_step,
     project_simplex,
     sample_rows,
     straight_through,
@@ -219,23 +218,6 @@ def test_nearest_tokens_are_those_of_the_largest_cosine() -> None:
     assert nearest_tokens(query, table).tolist() == [[0, 1, 3]]
     assert nearest_tokens(table.half(), table).tolist() == [0, 1, 1, 3]
     assert torch.equal(known.table[nearest_tokens(query, known)][0, 1], table[1])
-
-
-def test_pez_takes_the_gradient_at_the_token_and_moves_the_point() -> None:
-    known = Vocabulary(normal(9, 3))
-    points = normal(2, 1, 3, seed=1)
-    seen: list[Tensor] = []
-
-    def gradient(embeds: Tensor) -> Tensor:
-        seen.append(embeds)
-        return embeds - 1
-
-    moved, ids = pez_step(points, known, gradient, RowAdam(points, 0.1))
-    assert torch.equal(seen[0], known.table[ids])
-    torch.testing.assert_close(moved, points - 0.1 * (known.table[ids] - 1).sign())
-    optimizer = RowAdam(points, 0.1)
-    one, _ = pez_step(points[1:], known, gradient, optimizer, [1])
-    torch.testing.assert_close(one, moved[1:])
 
 
 def test_an_attack_on_rows_finds_the_token_it_must() -> None:

@@ -14,8 +14,7 @@ from torch.nn import functional as F
 from mmforget.diffusion import checkpoints
 from mmforget.diffusion.adversarial import (
     adversarial_prefix,
-    encode_injected,
-    injected,
+    encode_placed,
     random_tokens,
 )
 from mmforget.diffusion.concepts import Concept, Erasure
@@ -649,14 +648,14 @@ def token(model: DiffusionModel, word: str) -> Tensor:
 def test_an_injected_word_reads_as_if_written(family: str) -> None:
     model = world.model(family)
     plain = model.encode([MONET])
-    for prompt, position, written in [
-        ("monet style", 1, "winter monet style"),
-        ("monet style", 2, "monet winter style"),
-        ("monet style", 3, "monet style winter"),
-        ("", 1, "winter"),
-        ("a " * 20, 1, "winter " + "a " * 13),  # the window keeps its end mark
+    for prompt, location, written in [
+        ("monet style", "prefix_k", "winter monet style"),
+        ("monet style", "mid_k", "monet winter style"),
+        ("monet style", "suffix_k", "monet style winter"),
+        ("monet style", "replace", "winter"),
+        ("", "prefix_k", "winter"),
     ]:
-        found = encode_injected(model, [prompt], token(model, "winter"), [position])
+        found = encode_placed(model, [prompt], token(model, "winter"), location)
         wanted = model._encode([written])
         width = world.DIM if family in ("sdxl", "sd3") else None  # the second encoder's is beside
         if family != "flux":  # whose first encoder gives the pooled text alone
@@ -668,31 +667,36 @@ def test_an_injected_word_reads_as_if_written(family: str) -> None:
             torch.testing.assert_close(first, due, rtol=1e-4, atol=1e-5)
     assert torch.equal(model.encode([MONET]).embeds, plain.embeds)  # nothing was remembered
     if family == "sdxl":
-        found = encode_injected(model, [MONET], token(model, "winter"), [1])
+        found = encode_placed(model, [MONET], token(model, "winter"))
         assert torch.equal(found.embeds[..., world.DIM :], plain.embeds[..., world.DIM :])
         assert not torch.equal(found.embeds, plain.embeds)
 
 
-def test_an_injected_word_takes_anothers_place() -> None:
+def test_an_injected_word_stands_in_every_prompt() -> None:
     model = world.model("sd")
-    found = encode_injected(model, [MONET], token(model, "winter"), [1], insert=False)
-    torch.testing.assert_close(found.embeds, model._encode(["winter style"])[0])
-    each = torch.stack([token(model, "winter"), token(model, "crayon")])
-    both = encode_injected(model, [MONET, "a dog"], each, [1])
-    wanted = model._encode(["winter monet style", "crayon a dog"])[0]
+    both = encode_placed(model, [MONET, "a dog"], token(model, "winter"))
+    wanted = model._encode(["winter monet style", "winter a dog"])[0]
     torch.testing.assert_close(both.embeds, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_reach_the_table_of_an_encoder_in_training() -> None:
+    model = world.model("sd")
+    table = model.text_encoder.get_input_embeddings().weight  # type: ignore[operator, union-attr]
+    text = encode_placed(model, [MONET], token(model, "winter"))
+    (found,) = torch.autograd.grad(text.embeds.square().sum(), [table])
+    named = model.tokenizer(MONET, add_special_tokens=False)["input_ids"]
+    assert (found[named].abs().sum(dim=1) > 0).all()
 
 
 def test_gradients_reach_injected_words_and_hooks_go_away() -> None:
     model = world.model("sd")
     embeds = token(model, "winter").repeat(2, 1).requires_grad_(True)
-    text = encode_injected(model, [MONET], embeds, [1, 4])
+    text = encode_placed(model, [MONET], embeds)
     out = model.predict(start_latents(model, [0]), torch.tensor([500]), text)
     (found,) = torch.autograd.grad(out.square().sum(), [embeds])
     assert (found.abs().sum(dim=1) > 0).all()
-    for places in ([1], [0, 1], [1, 16]):
-        with pytest.raises(ConfigError, match="each"), injected(model, embeds, places):
-            pass
+    with pytest.raises(ConfigError, match="do not fit"):
+        encode_placed(model, [MONET], embeds.repeat(8, 1))
     encoder: Any = model.text_encoder
     table = encoder.get_input_embeddings()
     assert not encoder._forward_pre_hooks and not table._forward_hooks
@@ -707,7 +711,7 @@ def test_a_prefix_follows_adam() -> None:
         return (text.embeds - wanted).square().mean()
 
     def loss(prefix: Tensor) -> Tensor:
-        return objective(0, encode_injected(model, [MONET], prefix, [1, 2]))
+        return objective(0, encode_placed(model, [MONET], prefix))
 
     for sign in (False, True):
         one = adversarial_prefix(model, [MONET], start, objective, steps=1, lr=0.01, sign=sign)
@@ -769,7 +773,7 @@ def test_the_attack_brings_the_concept_back(monkeypatch: pytest.MonkeyPatch) -> 
         with torch.no_grad():
             pair = [
                 sum(
-                    float(objective(k, encode_injected(model, prompts, prefix, [1])))
+                    float(objective(k, encode_placed(model, prompts, prefix)))
                     for k in range(settings["steps"])
                 )
                 for prefix in (start, found)

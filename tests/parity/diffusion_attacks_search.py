@@ -27,7 +27,6 @@ from mmforget.diffusion.attacks.relaxed import (
     Vocabulary,
     clamped,
     nearest_tokens,
-    pez_step,
     project_simplex,
     sample_rows,
     timesteps,
@@ -123,7 +122,8 @@ def hard_prompt_trajectory(inputs: dict[str, Any]) -> dict[str, Any]:
 
     found = []
     for _ in range(inputs["steps"]):
-        points, ids = pez_step(points, vocabulary, gradient, optimizer)
+        ids = nearest_tokens(points, vocabulary)
+        points = optimizer.step(points, gradient(vocabulary.table[ids]))
         found.append(ids[0].tolist())
     return {
         "projected_ids_per_step": found,
