@@ -10,7 +10,7 @@ from mmforget.diffusion import scopes
 from mmforget.diffusion.models import DiffusionModel
 from mmforget.diffusion.noise import Noising
 from mmforget.rng import Draws
-from mmforget.types import Outputs, Splits, full
+from mmforget.types import Outputs, Splits, frozen_copy, full
 
 
 class Noised(NamedTuple):
@@ -49,6 +49,8 @@ class DiffusionAdapter:
             model learns the unconditional prediction of classifier-free guidance.
         snr_gamma: γ of min-SNR weights in training; None weighs all times alike.
     """
+
+    random = True  # times and noise
 
     def __init__(
         self,
@@ -127,6 +129,10 @@ class DiffusionAdapter:
         The anchor is fixed by the request: nothing is drawn, and it is never the true caption.
         """
         return data._replace(relabelled=True)
+
+    def frozen(self, model: nn.Module, trainable: Mapping[str, nn.Parameter]) -> nn.Module:
+        """Return a copy."""
+        return frozen_copy(model)
 
     def parameters(self, model: nn.Module, scope: str) -> dict[str, nn.Parameter]:
         """Return the parameters of a scope; see `scopes.parameters`."""

@@ -5,8 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mmforget.diffusion import canvas
-from mmforget.errors import DataError, MissingDependencyError
-from mmforget.sources import mini_world
+from mmforget.sources import hub_dataset, mini_world
 
 
 def snapshot(repo: str, revision: str | None, store: Path) -> Path:
@@ -18,19 +17,7 @@ def snapshot(repo: str, revision: str | None, store: Path) -> Path:
         MissingDependencyError: huggingface_hub is not installed.
         DataError: It cannot be downloaded, or holds other columns or captions.
     """
-    try:
-        from huggingface_hub import snapshot_download
-    except ModuleNotFoundError as error:
-        raise MissingDependencyError("huggingface_hub", "diffusion") from error
-    try:
-        found = Path(snapshot_download(repo, repo_type="dataset", revision=revision))
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise DataError(
-            f"data set {repo} cannot be downloaded ({reason}). Check the network and the id, or "
-            f"download it elsewhere and say data.source=local data.root=FOLDER"
-        ) from error
-    return unpack(found, store)
+    return unpack(hub_dataset(repo, revision, "diffusion"), store)
 
 
 def unpack(table: Path, store: Path) -> Path:

@@ -4,6 +4,8 @@ Hydra's compose API merges YAML groups (`configs/`) and overrides; nothing else 
 A YAML value names a registry entry and never a callable; the entry's dataclass is the schema, so
 unknown keys and wrong types are found before anything is loaded, all of them in one message.
 
+A field of the request may be written without its section: `split=forget5`.
+
 Order of precedence, later wins: schema defaults, `mini/<benchmark>` (for data=mini), the preset
 of benchmark and method, named groups (`runtime=`, `tracker=`), and the words typed.
 """
@@ -11,7 +13,7 @@ of benchmark and method, named groups (`runtime=`, `tracker=`), and the words ty
 import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +131,7 @@ def plan(words: Sequence[str], config_dir: Path | None = None) -> Plan:
     parsed = list(_last_wins(_parse(words)))
     named = {o.key_or_group: str(o.value()) for o in parsed if _selects(o)}
     benchmark, method = _entries(named)
+    parsed = list(_last_wins(_requested(parsed, benchmark)))
     base: dict[str, Any] = {"benchmark": {"name": benchmark}, "method": {"name": method}}
     if "data" in named:
         base["data"] = {"source": named["data"]}
@@ -264,6 +267,15 @@ def _parse(words: Iterable[str]) -> list[Override]:
 def _last_wins(parsed: Iterable[Override]) -> Iterable[Override]:
     """Return overrides, earlier ones of a key dropped: so a suite's words can be changed."""
     return {override.key_or_group: override for override in parsed}.values()
+
+
+def _requested(parsed: Iterable[Override], benchmark: str) -> Iterable[Override]:
+    """Return overrides with `split=forget5` written out: a field of the request may stand alone."""
+    known = {item.name for item in fields(BENCHMARKS.get(benchmark).request_type)}
+    for override in parsed:
+        if override.key_or_group in known - {*SECTIONS, *GROUPS, "seed"}:
+            (override,) = _parse([f"request.{(override.input_line or '').lstrip('+')}"])
+        yield override
 
 
 def _selects(override: Override) -> bool:

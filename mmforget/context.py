@@ -1,7 +1,6 @@
 """What an unlearning method sees: its model, the splits it declared, and nothing else."""
 
-import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -129,9 +128,22 @@ class Context:
         return value * (batch.weight * len(batch) / batch.total)
 
     def frozen_copy(self) -> nn.Module:
-        """Return a copy of the model as it is now, in evaluation mode, without gradients."""
-        frozen = copy.deepcopy(self.model).eval()
-        return frozen.requires_grad_(False)
+        """Return what computes as the model does now, without gradients: for `forward`.
+
+        A copy, or less where the modality can do with less (`Adapter.frozen`).
+        """
+        return self.adapter.frozen(self.model, self.trainable)
+
+    def start_losses(self, split: str) -> Mapping[str, float] | None:
+        """Return the loss of every example under the model as it is now, by id.
+
+        Computed in one pass, so that a method needs no second model for them. None where the loss
+        of an example depends on what is drawn for it (`Adapter.random`).
+        """
+        if self.adapter.random:
+            return None
+        numbers = self.evaluate(split)
+        return dict(zip(numbers["ids"].tolist(), numbers["loss"].tolist(), strict=True))
 
     def fresh_model(self, seed: int) -> nn.Module:
         """Return a freshly initialised model of the same architecture, on the device."""

@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -224,7 +224,8 @@ class Engine:
         seed: int,
         stream: Sequence[str | int],
         train: bool,
-        union: bool = False,
+        together: Collection[str] = (),
+        relabel: Collection[str] = (),
         accumulation: int | None = None,
         raw: "Mapping[tuple[str, int], Any] | None" = None,
     ) -> list[dict[str, Batch]]:
@@ -236,7 +237,8 @@ class Engine:
             seed: Seed of the draws.
             stream: Names the draws of this step.
             train: Which transform.
-            union: Count the splits as one batch, so means run over all of them.
+            together: Splits that count as one batch, so that means run over all of them.
+            relabel: Splits that get wrong targets.
             accumulation: Micro-batches; None takes the runtime's.
             raw: Raw batches already taken, by (split, micro-batch).
         """
@@ -253,7 +255,10 @@ class Engine:
                 taken = raw.get((split, m)) if raw else None
                 if taken is None:
                     taken = dataset.take([indices[r] for r in rows])
-                data = self.widen(adapter.prepare(taken, draw("prepare", rows=rows), train))
+                data = adapter.prepare(taken, draw("prepare", rows=rows), train)
+                if split in relabel:
+                    data = adapter.relabel(data, draw("relabel", rows=rows))
+                data = self.widen(data)
                 micro[m][split] = Batch(
                     split=split,
                     ids=_Chosen(dataset.ids, [indices[r] for r in rows]),
@@ -264,9 +269,11 @@ class Engine:
                     weight=weight,
                     draws=partial(_draws, draw, rows),
                 )
-        return self._totalled([m for m in micro if m], union)
+        return self._totalled([m for m in micro if m], together)
 
-    def _totalled(self, micro: list[dict[str, Batch]], union: bool) -> list[dict[str, Batch]]:
+    def _totalled(
+        self, micro: list[dict[str, Batch]], together: Collection[str]
+    ) -> list[dict[str, Batch]]:
         """Fill in the counts of the effective batch, over micro-batches and processes."""
         splits = sorted({split for part in micro for split in part})
         units = torch.zeros(len(splits), dtype=torch.float64, device=self.device)
@@ -277,9 +284,9 @@ class Engine:
                 totals[split] = batch.total
         self.reduce_sum([units])
         sums = dict(zip(splits, units.tolist(), strict=True))
-        if union:
-            totals = dict.fromkeys(splits, sum(totals.values()))
-            sums = dict.fromkeys(splits, sum(sums.values()))
+        joined = [split for split in splits if split in together]
+        totals |= dict.fromkeys(joined, sum(totals[split] for split in joined))
+        sums |= dict.fromkeys(joined, sum(sums[split] for split in joined))
         return [
             {
                 split: replace(batch, total=totals[split], total_units=sums[split])

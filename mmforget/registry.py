@@ -37,6 +37,7 @@ EXTRAS = {
     "peft": "diffusion",
     "PIL": "vision",
     "pyarrow": "diffusion",
+    "rouge_score": "vlm",
     "timm": "vision",
     "torchvision": "vision",
     "transformers": "diffusion",

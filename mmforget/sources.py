@@ -6,7 +6,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from mmforget.errors import ConfigError, DataError
+from mmforget.errors import ConfigError, DataError, MissingDependencyError
 from mmforget.record import disk_error
 
 
@@ -25,6 +25,32 @@ def local_folder(root: str | None, benchmark: str) -> Path:
     if not folder.is_dir():
         raise DataError(f"data.root={folder}: there is no such folder")
     return folder
+
+
+def hub_dataset(repo: str, revision: str | None, extra: str) -> Path:
+    """Return the folder of a hub data set, downloaded on first use.
+
+    Args:
+        repo: Its id.
+        revision: Its revision; None takes the newest.
+        extra: The extra of this package that brings huggingface_hub.
+
+    Raises:
+        MissingDependencyError: huggingface_hub is not installed.
+        DataError: It cannot be downloaded.
+    """
+    try:
+        from huggingface_hub import snapshot_download
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError("huggingface_hub", extra) from error
+    try:
+        return Path(snapshot_download(repo, repo_type="dataset", revision=revision))
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise DataError(
+            f"data set {repo} cannot be downloaded ({reason}). Check the network and the id, or "
+            f"download it elsewhere and say data.source=local data.root=FOLDER"
+        ) from error
 
 
 def mini_world(folder: Path, write: Callable[[Path, int], None], seed: int) -> Path:

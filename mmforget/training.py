@@ -154,9 +154,15 @@ def optimise(ctx: Context, method: LossMethod[Any]) -> nn.Module:
                 optimizer.step()
                 method.after_step(ctx, optimizer)
                 ctx.step += 1
+                if _stops(config.stop_below, terms, engine):
+                    total = ctx.step
                 engine.meter.steps += 1
                 engine.meter.examples_seen += sum(len(rows) for rows in step.rows.values())
                 advance(1, log.add(ctx.step, terms, rate, last=ctx.step == total))
+                if ctx.step == total < ctx.steps:
+                    logger.info("stopped after step %d: method.stop_below", total)
+                    engine.log(total, {"stopped": 1.0})
+                    break
                 if ctx.step == first + count:
                     method.after_epoch(ctx)
                 due = time.monotonic() - saved > engine.runtime.checkpoint_every_s
@@ -164,9 +170,23 @@ def optimise(ctx: Context, method: LossMethod[Any]) -> nn.Module:
                 if method.resume is not None and due and not log.waiting:
                     _save(ctx, method, optimizer)
                     saved = time.monotonic()
+            if total < ctx.steps:
+                break
             first += count
     ctx.model.eval()
     return method.finish(ctx)
+
+
+def _stops(below: float | None, terms: dict[str, Tensor], engine: Engine) -> bool:
+    """Return whether the forget terms of a step, over all processes, sum to less than `below`."""
+    if below is None:
+        return False
+    held = [v.detach().float().reshape(()) for n, v in terms.items() if n.startswith("forget")]
+    if not held:
+        return False
+    value = torch.stack(held).sum()[None]
+    engine.reduce_sum([value])
+    return value.item() < below
 
 
 def count_steps(ctx: Context, method: LossMethod[Any], epoch: int) -> int:
@@ -198,12 +218,15 @@ def plan_epoch(ctx: Context, method: LossMethod[Any], epoch: int) -> list[Step]:
         anchor = _share(ctx, run.anchor, run)
         order = epoch_order(len(anchor), ctx.seed, run.name, run.anchor, epoch)
         chunks = [[anchor[i] for i in order[k : k + size]] for k in range(0, len(order), size)]
-        partner = iter(()) if run.partner is None else _cycle(ctx, run, epoch)
+        partner = iter(()) if run.partner is None else _cycle(ctx, run, run.partner, epoch)
+        extra = iter(()) if run.extra is None else _cycle(ctx, run, run.extra, epoch)
         for chunk in chunks:
             rows = {run.anchor: chunk}
             if run.partner is not None:
                 count = run.partner_batch_size or len(chunk)
                 rows[run.partner] = [next(partner) for _ in range(count)]
+            if run.extra is not None:
+                rows[run.extra] = chunk if run.aligned else [next(extra) for _ in chunk]
             steps.append(Step(run, len(steps), rows))
     return [replace(step, index=index) for index, step in enumerate(steps)]
 
@@ -231,13 +254,12 @@ def _share(ctx: Context, split: str, run: Pass) -> list[int]:
     return sorted(epoch_order(size, ctx.seed, run.name, "fraction")[:count])
 
 
-def _cycle(ctx: Context, run: Pass, epoch: int) -> Iterator[int]:
-    """Yield the partner's examples in shuffled order, over and over."""
-    assert run.partner is not None
-    pool = _share(ctx, run.partner, run)
+def _cycle(ctx: Context, run: Pass, split: str, epoch: int) -> Iterator[int]:
+    """Yield the examples of a split beside the anchor in shuffled order, over and over."""
+    pool = _share(ctx, split, run)
     turn = 0
     while True:
-        for i in epoch_order(len(pool), ctx.seed, run.name, run.partner, epoch, turn):
+        for i in epoch_order(len(pool), ctx.seed, run.name, split, epoch, turn):
             yield pool[i]
         turn += 1
 
@@ -260,16 +282,25 @@ def _loaded(ctx: Context, todo: Sequence[Step]) -> Iterator[tuple[Step, list[Par
         for k, step in enumerate(todo):
             raw = waiting.result() if waiting is not None else read(step)
             waiting = pool.submit(read, todo[k + 1]) if k + 1 < len(todo) else None
+            run = step.run
+            joined = run.together or run.anchor == "union"
             micro = engine.load(
                 ctx.adapter,
                 {split: (ctx.split(split), rows) for split, rows in step.rows.items()},
                 seed=ctx.seed,
                 stream=("train", ctx.epoch, step.index),
                 train=True,
-                union=step.run.anchor == "union",
+                together=("forget", "retain") if joined else (),
+                relabel=("forget",) if run.relabel else (),
                 raw=raw,
             )
-            yield step, [(part.get("forget"), part.get("retain")) for part in micro]
+            yield (
+                step,
+                [
+                    Part(part.get("forget"), part.get("retain"), part.get(run.extra or ""))
+                    for part in micro
+                ],
+            )
 
 
 def make_optimizer(config: Training, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:

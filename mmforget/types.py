@@ -5,6 +5,7 @@ pass is), `Dataset` and `Splits` (what is forgotten, kept, unseen), `Benchmark` 
 training, protocol), `UnlearningMethod`, `Metric` and `Attack`.
 """
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -105,6 +106,15 @@ def subset(dataset: Dataset, indices: Sequence[int]) -> Dataset:
 class Adapter(Protocol):
     """All that a loss method may ask of a modality; `data` is whatever `prepare` returned."""
 
+    @property
+    def random(self) -> bool:
+        """Whether `prepare` draws anything in training: crops, noise, negatives.
+
+        Where it does not, an example's loss depends on the weights alone, and what the original
+        model makes of the forget set is computed once.
+        """
+        ...
+
     def prepare(self, raw: Any, draws: Draws, train: bool) -> Any:
         """Put a raw batch on `draws.device`; draw crops, time steps, noise, negatives ONCE.
 
@@ -137,8 +147,19 @@ class Adapter(Protocol):
         """
         ...
 
+    def frozen(self, model: nn.Module, trainable: Mapping[str, nn.Parameter]) -> nn.Module:
+        """Return what computes as `model` does now, whatever is done to `trainable` afterwards.
+
+        It is passed to `forward` in a model's place, without gradients. `frozen_copy` where nothing
+        cheaper than a copy will do.
+        """
+        ...
+
     def parameters(self, model: nn.Module, scope: str) -> dict[str, nn.Parameter]:
         """Return the parameters of a scope: "all", "head", a modality's own name, or a regex.
+
+        It may add what the scope is made of to the model (low-rank adapters), which then computes
+        what it did before.
 
         Raises:
             ConfigError: The scope matches nothing.
@@ -158,6 +179,11 @@ class Adapter(Protocol):
         ...
 
 
+def frozen_copy(model: nn.Module) -> nn.Module:
+    """Return a copy of a model as it is now, in evaluation mode, without gradients."""
+    return copy.deepcopy(model).eval().requires_grad_(False)
+
+
 @dataclass(frozen=True)
 class Splits:
     """Who is forgotten, who is kept, who was never seen.
@@ -170,6 +196,8 @@ class Splits:
         test: Never trained on: utility.
         val: Never trained on, apart from test: what tuning may look at. None if there is none.
         probes: Further evaluation sets by name: paraphrases, neighbours, prompts.
+        streams: Further training sets by name, for methods that read them beside forget and
+            retain (`Pass.extra`). Nothing is evaluated on them.
     """
 
     forget: Dataset
@@ -179,6 +207,7 @@ class Splits:
     test: Dataset
     val: Dataset | None = None
     probes: Mapping[str, Dataset] = field(default_factory=dict)
+    streams: Mapping[str, Dataset] = field(default_factory=dict)
 
     def names(self) -> list[str]:
         """Return the names of the splits that exist, `train` left out: it holds no others."""
@@ -191,9 +220,10 @@ class Splits:
         Raises:
             SplitError: There is no such split.
         """
-        found = self.probes.get(name) or getattr(self, name, None)
+        found = self.probes.get(name) or self.streams.get(name) or getattr(self, name, None)
         if found is None:
-            raise SplitError(f"no split {name!r} here; there are: {', '.join(self.names())}, train")
+            known = ", ".join([*self.names(), "train", *self.streams])
+            raise SplitError(f"no split {name!r} here; there are: {known}")
         return found
 
     def check(self, allow_shared_content: bool = False) -> list[str]:
@@ -304,6 +334,9 @@ class Training:
     decay: float = option(0.1, "factor of the step schedule", low=0)
     warmup_steps: int = option(0, "steps of linear warm-up", low=0)
     clip_norm: float | None = option(None, "clip the global gradient norm", low=0)
+    stop_below: float | None = option(
+        None, "stop after the step whose forget terms sum to less than this; null: never"
+    )
     scope: str = option("all", "parameters to train: all, head, a modality's name, or a regex")
     norm: str = option(
         "frozen",
@@ -323,6 +356,13 @@ class Pass(NamedTuple):
         batch_size: Effective batch of the anchor; None takes the config's.
         partner_batch_size: Effective batch of the partner; None equals the anchor's.
         fraction: The share of the retain set used, a fixed choice per run.
+        relabel: Whether the forget part gets wrong targets (`Adapter.relabel`) when it is prepared,
+            so that its units are those of the targets that are learnt.
+        together: Whether anchor and partner count as one batch, so that means run over both. With
+            the anchor "union" they always do.
+        extra: A third split drawn in step, as many as the anchor's examples; None for none.
+        aligned: Whether the extra examples are those at the anchor's own places; else it is
+            shuffled and cycled like a partner.
     """
 
     name: str
@@ -331,6 +371,10 @@ class Pass(NamedTuple):
     batch_size: int | None = None
     partner_batch_size: int | None = None
     fraction: float = 1.0
+    relabel: bool = False
+    together: bool = False
+    extra: str | None = None
+    aligned: bool = False
 
 
 class Benchmark(ABC):

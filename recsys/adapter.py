@@ -1,6 +1,7 @@
 """What loss methods may ask of a recommender: pairs, sampled negatives, and their scores."""
 
 import re
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from mmforget.errors import ConfigError
 from mmforget.recsys.backbones.base import Recommender
 from mmforget.recsys.data import Interactions
 from mmforget.rng import Draws
-from mmforget.types import Outputs, Splits, full
+from mmforget.types import Outputs, Splits, frozen_copy, full
 
 
 class Pairs(NamedTuple):
@@ -38,6 +39,8 @@ class RankingAdapter:
     Args:
         negatives: Negatives of each pair.
     """
+
+    random = True  # negatives
 
     def __init__(self, negatives: int = 1) -> None:
         self.negatives = negatives
@@ -76,6 +79,10 @@ class RankingAdapter:
         chosen = items.gather(1, pick)
         items = items.scatter(1, pick, data.item[:, None])
         return Pairs(data.user, chosen[:, 0], items[:, 1:])
+
+    def frozen(self, model: nn.Module, trainable: Mapping[str, nn.Parameter]) -> nn.Module:
+        """Return a copy."""
+        return frozen_copy(model)
 
     def parameters(self, model: nn.Module, scope: str) -> dict[str, nn.Parameter]:
         """Return parameters by scope: all, head (item table), users, items, or a regex (fullmatch).

@@ -16,7 +16,7 @@ from torch.nn.functional import (
 
 from mmforget.errors import ConfigError
 from mmforget.rng import Draws
-from mmforget.types import Outputs, Splits, full
+from mmforget.types import Outputs, Splits, frozen_copy, full
 from mmforget.vision.augment import augment, draw
 from mmforget.vision.images import to_float
 from mmforget.vision.models import Block, blocks, features_and_logits, head
@@ -51,6 +51,11 @@ class FaceAdapter:
         self.classes = classes
         self.multilabel = multilabel
         self.augmented = augmented
+
+    @property
+    def random(self) -> bool:
+        """Whether photos are augmented."""
+        return self.augmented
 
     def prepare(self, raw: Mapping[str, Tensor], draws: Draws, train: bool) -> Faces:
         """Put a batch of `ImageData` on the device, transformed to float32 in [0, 1]."""
@@ -101,6 +106,10 @@ class FaceAdapter:
         else:
             label = draws.integers(2, self.classes).to(data.label.dtype)
         return data._replace(label=label)
+
+    def frozen(self, model: nn.Module, trainable: Mapping[str, nn.Parameter]) -> nn.Module:
+        """Return a copy."""
+        return frozen_copy(model)
 
     def parameters(self, model: nn.Module, scope: str) -> dict[str, nn.Parameter]:
         """Return parameters by scope: all, head, last_k:N (last N blocks), or a regex (fullmatch).

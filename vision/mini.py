@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+from mmforget.portraits import Person, draw_look, draw_person, portrait
 from mmforget.rng import derive
-from mmforget.vision.portraits import Person, draw_look, draw_person, portrait
 
 VERSION = 1  # raised when the same seed draws another world
 SIZE = 48  # pixels

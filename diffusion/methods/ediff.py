@@ -105,10 +105,9 @@ class EraseDiff(Relabelling[EraseDiffConfig]):
         weights = list(ctx.trainable.values())
         slopes = {name: [torch.zeros_like(w) for w in weights] for name in ("forget", "retain")}
         logged: dict[str, Tensor] = {}
-        for forget, retain in parts:
-            alone: list[Part] = [(forget, None), (None, retain)]  # one graph at a time
-            for part in alone:
-                terms = self._terms(ctx, *part, 1.0)
+        for whole in parts:  # one graph at a time
+            for forget, retain in ((whole.forget, None), (None, whole.retain)):
+                terms = self._terms(ctx, forget, retain, 1.0)
                 for name, value in terms.items():
                     torch._foreach_add_(slopes[name], ctx.gradients(value, weights))
                 add_terms(logged, terms)

@@ -1,7 +1,7 @@
 """Loss methods: hooks over one shared training loop (`mmforget.training.optimise`)."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,13 @@ from mmforget.types import Batch, Pass, Training, UnlearningMethod
 
 ConfigT = TypeVar("ConfigT")
 
-# forget, retain: the parts of one micro-batch that this process holds; None if the pass has none.
-Part = tuple[Batch | None, Batch | None]
+
+class Part(NamedTuple):
+    """The parts of one micro-batch that this process holds; None for those the pass lacks."""
+
+    forget: Batch | None = None
+    retain: Batch | None = None
+    extra: Batch | None = None
 
 
 class LossMethod(UnlearningMethod[ConfigT]):
@@ -48,11 +53,20 @@ class LossMethod(UnlearningMethod[ConfigT]):
         """Return the loss of one micro-batch as named terms that are summed."""
         raise TypeError(f"{type(self).__name__} defines neither loss nor backward")
 
+    def extra_loss(self, ctx: Context, extra: Batch) -> dict[str, Tensor]:
+        """Return the terms of the third split of a pass that has one (`Pass.extra`)."""
+        raise TypeError(f"{type(self).__name__} has passes with an extra split, and no loss for it")
+
+    def terms(self, ctx: Context, part: Part) -> dict[str, Tensor]:
+        """Return all terms of one micro-batch."""
+        terms = self.loss(ctx, part.forget, part.retain)
+        return terms if part.extra is None else terms | self.extra_loss(ctx, part.extra)
+
     def backward(self, ctx: Context, parts: Sequence[Part]) -> dict[str, Tensor]:
         """Accumulate the gradient of one optimiser step; return the terms' values for the log."""
         logged: dict[str, Tensor] = {}
-        for forget, retain in parts:
-            terms = self.loss(ctx, forget, retain)
+        for part in parts:
+            terms = self.terms(ctx, part)
             if terms:
                 ctx.engine.accelerator.backward(torch.stack(list(terms.values())).sum())
             add_terms(logged, terms)
@@ -124,6 +138,10 @@ class Wrapper(LossMethod[ConfigT]):
     def loss(self, ctx: Context, forget: Batch | None, retain: Batch | None) -> dict[str, Tensor]:
         """Return the inner method's terms."""
         return self.inner.loss(ctx, forget, retain)
+
+    def extra_loss(self, ctx: Context, extra: Batch) -> dict[str, Tensor]:
+        """Return the inner method's terms of a third split."""
+        return self.inner.extra_loss(ctx, extra)
 
     def backward(self, ctx: Context, parts: Sequence[Part]) -> dict[str, Tensor]:
         """Accumulate the inner method's gradient."""

@@ -30,8 +30,9 @@ class NPOConfig(Training):
     ratio: str = option(
         "sequence",
         "what is compared with the original: an example's summed loss (paper), its mean over "
-        "units, a micro-batch's mean loss (Unlearn-Smooth's code), raw predictions (MUSE's code)",
-        choices=("sequence", "mean", "batch", "raw"),
+        "units, a micro-batch's mean loss (Unlearn-Smooth's and MLLMU-Bench's code), raw "
+        "predictions (MUSE's code), their log softmax, entry by entry (CLEAR's code)",
+        choices=("sequence", "mean", "batch", "raw", "vocabulary"),
     )
     reference: bool = option(
         False, "average the KL over all positions, prompt and padding too, as open-unlearning does"
@@ -42,19 +43,24 @@ class NPO(LossMethod[NPOConfig]):
     """Minimise -(2/β)·mean log σ(β·(L_θ - L_original)) on D_f, and a retain term (eq. 3).
 
     L is an example's loss summed over its units: -log p of the whole answer. Where it is only a
-    bound on -log p (diffusion), β needs a value of its own. `ratio=batch` and `ratio=raw` are what
-    two published code bases compute instead; the first depends on how a batch is split.
+    bound on -log p (diffusion), β needs a value of its own. `ratio=batch`, `ratio=raw` and
+    `ratio=vocabulary` are what published code bases compute instead; the first depends on how a
+    batch is split, the others average over all entries of predictions, masked or not.
     """
 
     reads: frozenset[str] = frozenset({"forget", "retain"})
     intent: ClassVar[str] = "removal"
-    holds: ClassVar[str] = "a frozen copy of the original model"
+    holds: ClassVar[str] = "the original's losses on forget; where these are drawn, the original"
     citation: ClassVar[str] = "Zhang et al., Negative Preference Optimization, arXiv 2404.05868"
     config_type: ClassVar[type] = NPOConfig
 
     def setup(self, ctx: Context) -> None:
-        """Keep the original model."""
-        self.original = ctx.frozen_copy()
+        """Keep what the original makes of the forget set, and itself where that will not do."""
+        config = self.config
+        entries = config.ratio in ("raw", "vocabulary")
+        self.before = None if entries else ctx.start_losses("forget")
+        holds = config.retain == "kl" and config.retain_weight > 0
+        self.original = ctx.frozen_copy() if holds or self.before is None else None
 
     def loss(self, ctx: Context, forget: Batch | None, retain: Batch | None) -> dict[str, Tensor]:
         """Return the terms `forget` and `retain`."""
@@ -63,6 +69,7 @@ class NPO(LossMethod[NPOConfig]):
             terms["forget"] = config.forget_weight * self._push(ctx, forget)
         if retain is not None and config.retain_weight > 0:
             if config.retain == "kl":
+                assert self.original is not None
                 hold = divergence_from(ctx, self.original, retain, config.reference)
             else:
                 hold = ctx.unit_mean(ctx.forward(retain).loss, retain)
@@ -71,15 +78,23 @@ class NPO(LossMethod[NPOConfig]):
 
     def _push(self, ctx: Context, forget: Batch) -> Tensor:
         config = self.config
-        student, original = ctx.forward(forget), ctx.forward(forget, self.original)
-        gain = student.loss - original.loss
+        student = ctx.forward(forget)
+        if self.before is None:
+            assert self.original is not None
+            original = ctx.forward(forget, self.original)
+            gain = student.loss - original.loss
+        else:
+            gain = student.loss - student.loss.new_tensor([self.before[i] for i in forget.ids])
         if config.ratio == "mean":
             gain = gain / forget.units
         elif config.ratio == "batch":
             gain = gain.sum() / forget.units.sum()
         elif config.ratio == "raw":
             gain = (original.pred - student.pred).flatten(1)
+        elif config.ratio == "vocabulary":
+            before, now = (F.log_softmax(found.pred, dim=-1) for found in (original, student))
+            gain = (before - now).flatten(1)
         push = -2.0 / config.beta * F.logsigmoid(config.beta * gain)
         if config.ratio == "batch":
             return ctx.once(push, forget)
-        return ctx.mean(push.mean(1) if config.ratio == "raw" else push, forget)
+        return ctx.mean(push.mean(1) if push.dim() > 1 else push, forget)

@@ -44,11 +44,12 @@ class SAM(Wrapper[SAMConfig]):
         weights, accelerator = list(ctx.trainable.values()), ctx.engine.accelerator
         logged: dict[str, Tensor] = {}
         rise = [torch.zeros_like(weight) for weight in weights]
-        for forget, retain in parts:
-            alone: list[Part] = [(forget, None)] if forget is not None else []
-            alone += [(None, retain)] if retain is not None else []
-            for part in alone:
-                terms = self.inner.loss(ctx, *part)
+        for whole in parts:
+            split = [Part(forget=whole.forget), Part(retain=whole.retain), Part(extra=whole.extra)]
+            for part in split:
+                if not any(part):
+                    continue
+                terms = self.inner.terms(ctx, part)
                 push, rest = _split(terms)
                 if push is not None:
                     torch._foreach_add_(rise, ctx.gradients(push, weights))
@@ -60,7 +61,7 @@ class SAM(Wrapper[SAMConfig]):
         with torch.no_grad():
             for weight, slope in zip(weights, rise, strict=True):
                 weight.add_(slope * (self.config.rho / norm))
-        for forget, _ in parts:
+        for forget in (part.forget for part in parts):
             push = None if forget is None else _split(self.inner.loss(ctx, forget, None))[0]
             if push is not None:
                 accelerator.backward(push)

@@ -266,8 +266,12 @@ def _context(
 ) -> tuple[Context, set[str]]:
     world, opened = case.world, set[str]()
     names = [*world.splits.names(), "train"]
-    watched = {name: _Watched(name, world.splits.get(name), opened) for name in names}
+    names += world.splits.streams
+    watched: dict[str, Any] = {
+        name: _Watched(name, world.splits.get(name), opened) for name in names
+    }
     probes = {name: watched.pop(name) for name in world.splits.probes}
+    streams = {name: watched.pop(name) for name in world.splits.streams}
     runtime = Runtime(
         device="cpu",
         accumulation=accumulation,
@@ -280,7 +284,7 @@ def _context(
         engine=engine,
         adapter=world.adapter,
         model=engine.place(copy.deepcopy(model) if model is not None else world.build(0)),
-        splits=replace(world.splits, probes=probes, **watched),
+        splits=replace(world.splits, probes=probes, streams=streams, **watched),
         reads=method.reads,
         label=case.name,
         seed=seed,

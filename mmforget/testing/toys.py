@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from mmforget.errors import ConfigError
 from mmforget.rng import Draws, generator
-from mmforget.types import Adapter, Outputs, Splits, Subset
+from mmforget.types import Adapter, Outputs, Splits, Subset, frozen_copy, full
 
 SIZES = {"forget": 24, "retain": 72, "holdout": 24, "test": 24, "val": 24}
 CLASSES, FEATURES = 4, 10
@@ -78,6 +78,12 @@ def softened_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 class ToyAdapter(ABC):
     """What the four adapters have in common."""
 
+    random: bool = True
+
+    def frozen(self, model: nn.Module, trainable: Mapping[str, nn.Parameter]) -> nn.Module:
+        """Return a copy."""
+        return frozen_copy(model)
+
     def parameters(self, model: nn.Module, scope: str) -> dict[str, nn.Parameter]:
         """Return all parameters, those of `model.head`, or those whose name a regex finds."""
         pattern = {"all": "", "head": r"^head\."}.get(scope, scope)
@@ -101,7 +107,7 @@ class ToyAdapter(ABC):
 
     def record(self, model: nn.Module, data: Data) -> dict[str, Tensor]:
         """Return the loss of each example."""
-        return {"loss": self.forward(model, data).loss.float()}
+        return {"loss": full(self.forward(model, data).loss)}
 
 
 class ClassAdapter(ToyAdapter):
@@ -143,6 +149,8 @@ class ClassAdapter(ToyAdapter):
 
 class TokenAdapter(ToyAdapter):
     """Token logits [B, T, V]; those at t predict the label at t + 1, where that is not ignored."""
+
+    random = False
 
     def prepare(self, raw: Data, draws: Draws, train: bool) -> Data:
         """Put tokens and labels on the device."""

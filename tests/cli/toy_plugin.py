@@ -17,7 +17,17 @@ from mmforget.record import AttackResult, MetricValue
 from mmforget.registry import ATTACKS, BENCHMARKS, METHODS, METRICS
 from mmforget.rng import Draws, generator
 from mmforget.training import Supervised
-from mmforget.types import Attack, Benchmark, Budget, Metric, Outputs, Splits, Training, Trial
+from mmforget.types import (
+    Attack,
+    Benchmark,
+    Budget,
+    Metric,
+    Outputs,
+    Splits,
+    Training,
+    Trial,
+    frozen_copy,
+)
 
 torch.set_num_threads(1)
 CLASSES = 4
@@ -52,6 +62,8 @@ class Both:
 
 
 class PointAdapter:
+    random = False
+
     def prepare(self, raw: Any, draws: Draws, train: bool) -> Any:
         return {name: value.to(draws.device) for name, value in raw.items()}
 
@@ -69,6 +81,9 @@ class PointAdapter:
 
     def relabel(self, data: Any, draws: Draws, exclude_true: bool = True) -> Any:
         return {**data, "y": (data["y"] + 1 + draws.integers(CLASSES - 1)) % CLASSES}
+
+    def frozen(self, model: nn.Module, trainable: Mapping[str, nn.Parameter]) -> nn.Module:
+        return frozen_copy(model)
 
     def parameters(self, model: nn.Module, scope: str) -> dict[str, nn.Parameter]:
         found = {n: p for n, p in model.named_parameters() if scope == "all" or n.startswith("2")}

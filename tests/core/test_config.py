@@ -259,3 +259,12 @@ def test_an_attack_keeps_the_options_of_the_mini_world_beside_those_typed() -> N
     assert (chosen.limit, chosen.stages, chosen.images) == (3, 20, 21)
     local = plan([*words[:1], "data=local", "method=esd", "attack=text_grad"])
     assert local.attacks["diffusion/text_grad"].images == 51
+
+
+def test_a_field_of_the_request_may_stand_alone() -> None:
+    made = plan([*TOY, "note=plain"])
+    assert made.sections["request"].note == "plain"
+    (first, second) = expand([*TOY, "note=one,two"])
+    assert plan(first).sections["request"].note == "one"
+    assert plan(second).sections["request"].note == "two"
+    assert any("nothing" in fault for fault in faults([*TOY, "nothing=1"]))

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from mmforget.context import Context
 from mmforget.engine import Engine, Runtime
 from mmforget.errors import CollapsedError, ConfigError, SplitError
-from mmforget.methods.base import make_loss_method
+from mmforget.methods.base import LossMethod, make_loss_method
 from mmforget.testing.toys import CLASSES, FEATURES, ClassAdapter, toy_world
 from mmforget.training import count_steps, fit, learning_rate, plan_epoch
 from mmforget.types import Pass, Training
@@ -310,3 +310,95 @@ def test_weights_that_no_loss_uses_stay_as_they_are():
     config = replace(Training(), optimizer="adamw", weight_decay=0.5, epochs=2)
     fit(quiet(), model, WORLD.adapter, WORLD.splits.retain, config, 0)
     assert torch.equal(model.unused, torch.ones(3))
+
+
+class Beside(LossMethod[Training]):
+    """Learns wrong targets of forget, with retain in the same mean and a third split beside it."""
+
+    reads = frozenset({"forget", "retain", "beside"})
+
+    def __init__(self, aligned=False):
+        super().__init__(Training(epochs=1, batch_size=6))
+        self.aligned = aligned
+        self.seen = []
+
+    def passes(self, epoch):
+        more = {"relabel": True, "together": True, "extra": "beside", "aligned": self.aligned}
+        return (Pass("joint", anchor="forget", partner="retain", **more),)
+
+    def loss(self, ctx, forget, retain):
+        self.seen += [(forget, retain)]
+        return {"forget": ctx.unit_mean(ctx.forward(forget).loss, forget)}
+
+    def extra_loss(self, ctx, extra):
+        self.seen[-1] += (extra,)
+        return {"beside": ctx.unit_mean(ctx.forward(extra).loss, extra)}
+
+
+@pytest.mark.parametrize("aligned", [False, True])
+def test_a_pass_may_have_wrong_targets_a_common_mean_and_a_third_split(aligned):
+    world = toy_world("tokens")
+    method = Beside(aligned)
+    ctx = Context(
+        engine=quiet(),
+        adapter=world.adapter,
+        model=world.build(0),
+        splits=replace(world.splits, streams={"beside": world.splits.holdout}),
+        reads=method.reads,
+        label="beside",
+        seed=0,
+    )
+    method.run(ctx)
+    assert len(method.seen) == 4
+    known = dict(zip(world.splits.forget.ids, range(24), strict=True))
+    places = dict(zip(world.splits.holdout.ids, range(24), strict=True))
+    third = [[places[i] for i in extra.ids] for _, _, extra in method.seen]
+    first = [[known[i] for i in forget.ids] for forget, _, _ in method.seen]
+    assert (third == first) is aligned
+    assert sorted(sum(third, [])) == list(range(24))
+    for forget, retain, extra in method.seen:
+        true = world.splits.forget.take([known[i] for i in forget.ids])["labels"]
+        answer = true != -100
+        assert not (forget.data["labels"] == true)[answer].any()
+        whole = float(forget.units.sum() + retain.units.sum())
+        assert forget.total_units == retain.total_units == pytest.approx(whole)
+        assert forget.total == retain.total == 12
+        assert extra.total_units == pytest.approx(float(extra.units.sum()))
+
+
+def test_losses_at_the_start_are_kept_only_where_nothing_is_drawn():
+    world = toy_world("tokens")
+    ctx = context(quiet(), adapter=world.adapter, model=world.build(0))
+    ctx._splits = world.splits
+    kept = ctx.start_losses("forget")
+    (batch,) = ctx.batches("forget", 24)
+    wanted = ctx.forward(batch).loss.detach()
+    assert [kept[i] for i in batch.ids] == pytest.approx(wanted.tolist(), rel=1e-6)
+    assert context(quiet()).start_losses("forget") is None
+
+
+def test_the_stop_rule_ends_a_run_after_the_step_that_passes_it(tmp_path):
+    world = toy_world("tokens")
+
+    def run(**settings):
+        engine = quiet(log_every=3)
+        method = make_loss_method(
+            "grad_ascent", {"epochs": 4, "batch_size": 8, "lr": 0.5, **settings}, "method"
+        )
+        ctx = context(engine, adapter=world.adapter, model=world.build(0))
+        ctx._splits = world.splits
+        events = tmp_path / f"{settings}.jsonl"
+        with engine.recording("stop", {}, events):
+            model = method.run(ctx)
+        return model, [json.loads(line) for line in events.read_text().splitlines()]
+
+    _, whole = run()
+    losses = [event["forget"] for event in whole]
+    assert len(losses) == 12
+    level = (losses[4] + losses[5]) / 2
+    first = next(k for k, loss in enumerate(losses, 1) if loss < level)
+    stopped, events = run(stop_below=level)
+    assert [e["forget"] for e in events if "forget" in e] == losses[:first]
+    assert events[-1] == {"step": first, "stopped": 1.0}
+    assert same(stopped, run(max_steps=first)[0])
+    assert not same(stopped, run()[0])

@@ -326,7 +326,7 @@ def test_ediff_steps_along_both_gradients(eta: float) -> None:
     dot = sum(float((k * e).sum()) for k, e in zip(keep, erase, strict=True))
     square = sum(float(e.square().sum()) for e in erase)
     factor = max(0.0, eta - dot / square)
-    logged = method.backward(ctx, [(forget, retain)])
+    logged = method.backward(ctx, [Part(forget, retain)])
     for weight, k, e in zip(weights, keep, erase, strict=True):
         assert weight.grad is not None
         near(weight.grad, k + factor * e, rtol=1e-4, atol=1e-7)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mmforget.context import Context
 from mmforget.engine import Engine, Runtime
-from mmforget.methods.base import LossMethod, make_loss_method
+from mmforget.methods.base import LossMethod, Part, make_loss_method
 from mmforget.methods.salun import largest
 from mmforget.rng import Draws
 from mmforget.testing.toys import ClassAdapter, TokenAdapter, ToyAdapter, ToyData
@@ -132,8 +132,9 @@ def context(
 def batches(ctx: Context, data: Mapping[str, Any], union: bool = False) -> dict[str, Batch]:
     """Return all of the data as one effective batch."""
     parts = {name: (rows, list(range(len(rows)))) for name, rows in data.items()}
+    joined = ("forget", "retain") if union else ()
     (made,) = ctx.engine.load(
-        ctx.adapter, parts, seed=0, stream=("parity",), train=True, union=union
+        ctx.adapter, parts, seed=0, stream=("parity",), train=True, together=joined
     )
     return made
 
@@ -195,7 +196,9 @@ def _npo_variants(inputs: Vector) -> Vector:
         forget = made["forget"]
         found[name] = method.loss(ctx, forget, None)["forget"].item()
         found["per_sequence_nll"] = ctx.forward(forget).loss
-        found["per_sequence_ref_nll"] = ctx.forward(forget, method.original).loss  # type: ignore[attr-defined]
+        before = method.before  # type: ignore[attr-defined]
+        if before is not None:  # `raw` compares predictions, so it holds none
+            found["per_sequence_ref_nll"] = [before[i] for i in forget.ids]
     return found
 
 
@@ -220,7 +223,7 @@ def _sam(inputs: Vector) -> Vector:
     clean = method.loss(ctx, made["forget"], None)["forget"]
     (clean_grad,) = ctx.gradients(clean, [model.x])
     adapter.seen.clear()
-    method.backward(ctx, [(made["forget"], made["retain"])])
+    method.backward(ctx, [Part(made["forget"], made["retain"])])
     start, perturbed = adapter.seen  # forget is evaluated twice, no more
     (retain_grad,) = ctx.gradients(method.loss(ctx, None, made["retain"])["retain"], [model.x])
     assert model.x.grad is not None

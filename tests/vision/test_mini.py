@@ -13,6 +13,7 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from mmforget.engine import Engine, Runtime
+from mmforget.portraits import Person, draw_look, draw_person, portrait
 from mmforget.registry import BENCHMARKS
 from mmforget.schema import instantiate
 from mmforget.training import fit
@@ -20,7 +21,6 @@ from mmforget.types import Splits
 from mmforget.vision import mini
 from mmforget.vision.benchmarks import mufac
 from mmforget.vision.benchmarks.base import FaceBenchmark
-from mmforget.vision.portraits import Person, draw_look, draw_person, portrait
 
 torch.set_num_threads(1)
 

@@ -163,7 +163,7 @@ class FaceBenchmark(Benchmark):
         self._revision = _revision(data)
         names = self.label_names()
         self.adapter = FaceAdapter(len(names), self.multilabel, self.config.augment == "published")
-        named = {name: Subset(data, chosen) for name, chosen in parts.items()}
+        named: dict[str, Any] = {name: Subset(data, chosen) for name, chosen in parts.items()}
         fixed = {name: named.pop(name) for name in ("forget", "retain", "holdout", "test")}
         val = named.pop("val", None)
         train = Subset(data, sorted(parts["forget"] + parts["retain"]))
