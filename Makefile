@@ -18,6 +18,7 @@ demo: install
 	$(BIN)/mmforget run suite=vision/demo --runs $(DEMO) --report $(DEMO)/report.html
 	$(BIN)/mmforget run suite=recsys/demo --runs $(DEMO)-recsys --report $(DEMO)-recsys/report.html
 	$(BIN)/mmforget run suite=diffusion/demo --runs $(DEMO)-diffusion --report $(DEMO)-diffusion/report.html
+	$(BIN)/mmforget run suite=vlm/demo --runs $(DEMO)-vlm --report $(DEMO)-vlm/report.html
 
 test: install
 	$(BIN)/python -m pytest -q
@@ -30,6 +31,7 @@ bench: install
 	$(BIN)/python -m tests.bench.recsys
 	$(BIN)/python -m tests.bench.diffusion
 	$(BIN)/python -m tests.bench.diffusion_attacks
+	$(BIN)/python -m tests.bench.vlm
 
 lint: install
 	$(BIN)/ruff check .

@@ -44,8 +44,8 @@ class NPO(LossMethod[NPOConfig]):
 
     L is an example's loss summed over its units: -log p of the whole answer. Where it is only a
     bound on -log p (diffusion), β needs a value of its own. `ratio=batch`, `ratio=raw` and
-    `ratio=vocabulary` are what published code bases compute instead; the first depends on how a
-    batch is split, the others average over all entries of predictions, masked or not.
+    `ratio=vocabulary` are what published code bases compute instead. They depend on how a batch is
+    split; the last two because they average over all entries of predictions, padding among them.
     """
 
     reads: frozenset[str] = frozenset({"forget", "retain"})

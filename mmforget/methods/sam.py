@@ -61,10 +61,11 @@ class SAM(Wrapper[SAMConfig]):
         with torch.no_grad():
             for weight, slope in zip(weights, rise, strict=True):
                 weight.add_(slope * (self.config.rho / norm))
-        for forget in (part.forget for part in parts):
-            push = None if forget is None else _split(self.inner.loss(ctx, forget, None))[0]
-            if push is not None:
-                accelerator.backward(push)
+        for whole in parts:
+            for part in (Part(forget=whole.forget), Part(extra=whole.extra)):
+                push = _split(self.inner.terms(ctx, part))[0] if any(part) else None
+                if push is not None:
+                    accelerator.backward(push)
         with torch.no_grad():  # adding and subtracting would not give the same bits back
             for weight, kept in zip(weights, start, strict=True):
                 weight.copy_(kept)

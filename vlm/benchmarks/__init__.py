@@ -1,0 +1,1 @@
+"""Benchmarks of vision-language models; one file is one benchmark."""

@@ -1,0 +1,1 @@
+"""Metrics of vision-language models; one file is one metric."""
