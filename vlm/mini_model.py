@@ -51,7 +51,9 @@ def write_base(folder: Path) -> None:
 def write_folder(folder: Path, net: Any, words: Any) -> None:
     """Write a LLaVA of `make_net` and a tokenizer as a `save_pretrained` folder."""
     from transformers import CLIPImageProcessorPil, LlavaProcessor
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # among ours it says nothing
     vision = net.config.vision_config
     images = CLIPImageProcessorPil(
         size={"shortest_edge": vision.image_size},

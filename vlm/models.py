@@ -7,6 +7,7 @@ Parts are found as module objects, never by a substring of parameter names: a CL
 import copy
 import logging
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -313,7 +314,10 @@ class VLM(nn.Module):
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(derive(0, "lora"))
             known = set(self.base.modules())
-            self.net = get_peft_model(self.base, config)
+            with warnings.catch_warnings():
+                # peft asks transformers something by an old name.
+                warnings.simplefilter("ignore", FutureWarning)
+                self.net = get_peft_model(self.base, config)
         for module in set(self.net.modules()) - known:
             module.training = self.training
         trained = {n: p for n, p in self.named_parameters() if p.requires_grad}
@@ -376,9 +380,7 @@ class VLM(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "VLM":
         net = copy.deepcopy(self.net, memo)
-        made = VLM(net, self.processor, self.source, self.attention)
-        made.training = self.training
-        return made
+        return VLM(net, self.processor, self.source, self.attention)
 
 
 class _Reached(Exception):

@@ -18,9 +18,12 @@ FACES = 64  # pictures on a sheet, at most
 
 
 def write_fiubench(trial: Trial, folder: Path) -> None:
-    """Write `answers.json`, `faces.jpg` and `faces.json` of a FIUBench run."""
+    """Write `answers.json`, `faces.jpg` and `faces.json` of a FIUBench run that was asked."""
     from mmforget.vlm.metrics.asked import Answered, Answers, answers, fiubench
+    from mmforget.vlm.metrics.common import asked
 
+    if not asked(trial.view):
+        return
     bench = fiubench(trial.benchmark)
 
     def told(split: str, table: Answers, place: int, row: Answered) -> dict[str, Any]:
@@ -89,11 +92,14 @@ def _known(value: float) -> float | None:
 
 
 def write_safeeraser(trial: Trial, folder: Path) -> None:
-    """Write `answers.json`, `faces.jpg` and `faces.json` of a SafeEraser run."""
+    """Write `answers.json`, `faces.jpg` and `faces.json` of a SafeEraser run that was judged."""
     from mmforget.vlm.judges import label_of
+    from mmforget.vlm.metrics.common import asked
     from mmforget.vlm.metrics.safeeraser import Judged, judged, safeeraser
     from mmforget.vlm.text_scores import rouge
 
+    if not asked(trial.view):
+        return
     bench = safeeraser(trial.benchmark)
 
     def label(row: Judged, kind: str, wanted: str) -> bool | None:

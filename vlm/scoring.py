@@ -30,7 +30,9 @@ from mmforget.vlm.scores import TokenScores
 logger = logging.getLogger(__name__)
 
 SHARED = ("auto", "on", "off")
-TREE = 512  # tokens of a tree: more share more, and each sees more that is masked
+# Tokens of a tree, and how many for each token of its prefix: larger trees share more, and their
+# tokens see more that is masked.
+TREE, SPREAD = 128, 2
 HEAD = {"cpu": 1 << 18, "cuda": 1 << 26}  # logits that are scored at a time
 ROWS = 8  # answers by which a model is asked both ways
 # Largest difference of log p between the two ways; in half precision the mean, rounding decides.
@@ -354,13 +356,13 @@ def _difference(
 def _trees(
     group: Group, jobs: dict[int, Encoded], batch_size: int
 ) -> Iterator[tuple[list[int], Tree]]:
-    """Yield the rows of a group in trees of about `TREE` tokens, with their keys."""
-    rows, tree = [], Tree()
+    """Yield the rows of a group in trees of similar size, with their keys."""
+    rows, tree, size = [], Tree(), max(TREE, SPREAD * group.length)
     for k in group.rows:
         row = jobs[k]
         tree.add(row.ids[group.length : -1], row.start - 1 - group.length)
         rows.append(k)
-        if len(tree.ids) >= TREE or len(rows) == batch_size:
+        if len(tree.ids) >= size or len(rows) == batch_size:
             yield rows, tree
             rows, tree = [], Tree()
     if rows:

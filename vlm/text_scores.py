@@ -55,9 +55,11 @@ def rouge(reference: str, text: str, kind: str = "rougeL", stemmer: bool = True)
 def _scorer(kind: str, stemmer: bool) -> Any:
     try:
         from rouge_score.rouge_scorer import RougeScorer
+        from rouge_score.tokenizers import DefaultTokenizer
     except ImportError as error:
         raise MissingDependencyError("rouge-score", "vlm") from error
-    return RougeScorer([kind], use_stemmer=stemmer)
+    # Left to choose its tokenizer, the library logs so, and sets up logging for all of us.
+    return RougeScorer([kind], use_stemmer=stemmer, tokenizer=DefaultTokenizer(stemmer))
 
 
 def reference_cut(text: str) -> str:

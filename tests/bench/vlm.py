@@ -269,37 +269,35 @@ def compare(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     device = model.device
 
     if "loss" in given.parts:
-        first, second = plain_losses(world), our_losses(world, batch)
-        found["largest difference of losses"] = float(
-            np.abs(np.array(first) - np.array(second)).max()
-        )
-        found["losses_s"] = best(
+        found["losses_s"], made = best(
             {
                 "plain": lambda: timed(lambda: plain_losses(world), device),
                 "ours": lambda: timed(lambda: our_losses(world, batch), device),
             },
             given.repeats,
         )
+        gaps = np.abs(np.array(made["plain"]) - np.array(made["ours"]))
+        found["largest difference of losses"] = float(gaps.max())
     if "generation" in given.parts:
         tokens = given.tokens or size.tokens
-        one, two = plain_texts(world, tokens), our_texts(world, tokens, batch)
-        found["share of equal answers"] = sum(map(str.__eq__, one, two)) / len(one)
-        found["words of an answer"] = sum(len(text.split()) for text in one) / len(one)
-        found["generation_s"] = best(
+        found["generation_s"], made = best(
             {
                 "plain": lambda: timed(lambda: plain_texts(world, tokens), device),
                 "ours": lambda: timed(lambda: our_texts(world, tokens, batch), device),
             },
             given.repeats,
         )
+        pairs = list(zip(made["plain"], made["ours"], strict=True))
+        found["share of equal answers"] = sum(one == two for one, two in pairs) / len(pairs)
+        found["words of an answer"] = sum(len(one.split()) for one, _ in pairs) / len(pairs)
     if "npo" in given.parts:
         lora = Lora(rank=given.rank, alpha=2.0 * given.rank, dropout=0.0)
         for name, retain in (("npo", False), ("npo with retain term", True)):
             rest = (world, lora, size.npo[1], given.epochs, retain)
-            seconds = best(
+            seconds, _ = best(
                 {
-                    "plain": lambda rest=rest: plain_npo(copy.deepcopy(model), *rest),
-                    "ours": lambda rest=rest: our_npo(copy.deepcopy(model), *rest, runtime),
+                    "plain": lambda rest=rest: (plain_npo(copy.deepcopy(model), *rest), None),
+                    "ours": lambda rest=rest: (our_npo(copy.deepcopy(model), *rest, runtime), None),
                 },
                 given.repeats,
             )
@@ -342,20 +340,23 @@ def peak(given: argparse.Namespace) -> float:
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / 2**20
 
 
-def best(sides: dict[str, Callable[[], float]], repeats: int) -> dict[str, float]:
-    """Return the least seconds of each side, run by turns, and their ratio."""
-    seconds = {name: float("inf") for name in sides}
+def best(
+    sides: dict[str, Callable[[], tuple[float, Any]]], repeats: int
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Return the least seconds of each side, run by turns, with their ratio; and what they made."""
+    seconds, made = dict.fromkeys(sides, float("inf")), {}
     for _ in range(repeats):
         for name, work in sides.items():
-            seconds[name] = min(seconds[name], work())
-    return {**seconds, "ratio": seconds["plain"] / seconds["ours"]}
+            taken, made[name] = work()
+            seconds[name] = min(seconds[name], taken)
+    return {**seconds, "ratio": seconds["plain"] / seconds["ours"]}, made
 
 
-def timed(work: Callable[[], Any], device: torch.device) -> float:
-    """Return the wall seconds of some work."""
+def timed(work: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
+    """Return the wall seconds of some work, and what it made."""
     start = _now(device)
-    work()
-    return _now(device) - start
+    made = work()
+    return _now(device) - start, made
 
 
 def _now(device: torch.device) -> float:

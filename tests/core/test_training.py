@@ -355,7 +355,7 @@ def test_a_pass_may_have_wrong_targets_a_common_mean_and_a_third_split(aligned):
     third = [[places[i] for i in extra.ids] for _, _, extra in method.seen]
     first = [[known[i] for i in forget.ids] for forget, _, _ in method.seen]
     assert (third == first) is aligned
-    assert sorted(sum(third, [])) == list(range(24))
+    assert sorted(i for row in third for i in row) == list(range(24))
     for forget, retain, extra in method.seen:
         true = world.splits.forget.take([known[i] for i in forget.ids])["labels"]
         answer = true != -100

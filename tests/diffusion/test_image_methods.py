@@ -39,6 +39,7 @@ from mmforget.diffusion.methods.shs import (
 )
 from mmforget.diffusion.models import DiffusionModel
 from mmforget.errors import ConfigError, DataError
+from mmforget.methods.base import Part
 from mmforget.methods.salun import largest
 from mmforget.registry import METHODS
 from mmforget.types import Splits, UnlearningMethod

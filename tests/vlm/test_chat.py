@@ -330,6 +330,12 @@ def test_what_is_remembered_is_bounded(images: list[Path], monkeypatch: pytest.M
             row.image["pixel_values"], wanted.image["pixel_values"]
         )
         assert len(chat._images) == 1 and len(chat._texts) <= 2
+    size = max(sum(v.nbytes for v in part.values()) for part in chat_of("llava")._images.values())
+    monkeypatch.setattr(chat_module, "HELD_BYTES", 2 * size)
+    chat = Chat(built("llava"))
+    for k in (0, 1, 0, 2):  # what was not asked about for the longest time goes first
+        chat.prompt(images[k], "Who?")
+    assert list(chat._images) == [str(images[0]), str(images[2])]
 
 
 def test_a_text_is_encoded_once(images: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,13 +17,14 @@ from peft import PeftModel
 from scipy.stats import ks_2samp
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from typer.testing import CliRunner
 
 import mmforget
 from mmforget.config import plan
 from mmforget.errors import CheckpointError, ConfigError, DataError
 from mmforget.record import Cost, MetricValue, RunResult
 from mmforget.types import ModelView, Trial
-from mmforget.vlm import mini, page, scores
+from mmforget.vlm import mini, page, scores, train
 from mmforget.vlm.adapter import VLMAdapter
 from mmforget.vlm.benchmarks import fiubench
 from mmforget.vlm.benchmarks.fiubench import FIUBenchmark, subject
@@ -33,7 +34,6 @@ from mmforget.vlm.formats import QA, Person
 from mmforget.vlm.metrics.asked import Answered, Answers, answers
 from mmforget.vlm.metrics.fiubench import FIUBenchScores
 from mmforget.vlm.mini_people import SUBJECTS
-from mmforget.vlm.models import VLM
 from mmforget.vlm.scores import TokenScores
 from mmforget.workbench import Bench
 from tests.vlm.families import ask, picture
@@ -121,14 +121,14 @@ def test_what_is_asked_in_each_split(place: Place) -> None:
 def test_profiles_stand_at_the_places_of_the_forgotten(place: Place) -> None:
     bench = bench_of(place)
     made = fiu(bench)
-    pairs = zip(items_of(bench.splits.forget), items_of(bench.splits.streams["profiles"]))
-    for item, profile in pairs:
+    forget, profiles = bench.splits.forget, bench.splits.streams["profiles"]
+    for item, profile in zip(items_of(forget), items_of(profiles), strict=True):
         person = made.persons[item.group]
         assert profile.id == f"{item.id}/profile"
         assert profile.image == item.image
         assert profile.question in made.files.icd
         assert profile.answer == person.caption and person.name in profile.answer
-    asked = [item.question for item in items_of(bench.splits.streams["profiles"])]
+    asked = [item.question for item in items_of(profiles)]
     assert len(set(asked)) > 1, "requests are drawn for every item"
 
 
@@ -206,6 +206,7 @@ def test_a_world_of_the_published_size(place: Place, monkeypatch: pytest.MonkeyP
     mini.write_fiubench(full, 1, persons=400, questions=20, size=16)
     # Tokens of 8,000 dialogues take a quarter of a minute, and are counted elsewhere.
     monkeypatch.setattr(FIUBenchmark, "cut_note", lambda self, data, name: [])
+    monkeypatch.setattr(FIUBenchmark, "check_prompts", lambda self, asked: None)
     monkeypatch.setattr(FIUBenchmark, "check_judge_config", lambda self: None)
     words = (f"data.root={full}", "request.split=")
     for name, pairs in (("forget1", 80), ("forget5", 400), ("forget10", 800)):
@@ -236,20 +237,20 @@ def test_the_fingerprint_is_that_of_data_and_model(place: Place, tmp_path: Path)
     json.dumps(base)  # part of a cache key
     moved = tmp_path / "elsewhere"
     shutil.copytree(place.root / "people", moved)
-    for same in (
+    same = (
+        f"data.root={moved}",
         "request.split=forget1",
         "request.retain=complement",
         "benchmark.retained=retain15",
         "benchmark.max_new_tokens=9",
         "benchmark.judge.unsafe_recall=0.4",
         "benchmark.lora.rank=3",  # nothing is trained with it
-        f"data.root={moved}",
-    ):
-        assert fingerprint(place, same) == base, same
+    )
+    assert fingerprint(place, *same) == base
     keys = [
         base,
         fingerprint(place, "benchmark.reference=true"),
-        fingerprint(place, "benchmark.max_length=64"),
+        fingerprint(place, "benchmark.max_length=80"),
         fingerprint(place, "model.dtype=bfloat16"),
         fingerprint(place, "benchmark.training.scope=lora"),
         fingerprint(place, "benchmark.training.scope=lora", "benchmark.lora.rank=3"),
@@ -260,10 +261,20 @@ def test_the_fingerprint_is_that_of_data_and_model(place: Place, tmp_path: Path)
         return rows
 
     keys.append(fingerprint(place, changed(place, tmp_path / "a", answered, "full.json")))
+    # What is evaluated alone counts too: a run is found again by this.
+    shorter: Sequence[tuple[str, Callable[[Any], Any]]] = [
+        ("full.json", lambda rows: [r for r in rows if not r["qa_list"][1]["keywords"].clear()]),
+        ("split.json", lambda lists: {**lists, "retain5": lists["retain5"][:1]}),
+        ("prompt.json", lambda lists: {**lists, "icd": lists["icd"][:1]}),
+    ]
+    for k, (file, edit) in enumerate(shorter):
+        keys.append(fingerprint(place, changed(place, tmp_path / str(k), edit, file)))
     image = json.loads((place.root / "people" / "full.json").read_text())[0]["image_path"]
     shutil.copytree(place.root / "people", tmp_path / "b")
     picture(5).save(tmp_path / "b" / image, quality=95)
     keys.append(fingerprint(place, f"data.root={tmp_path / 'b'}"))
+    picture(6).save(tmp_path / "b" / "others" / "00.jpg", quality=95)
+    keys.append(fingerprint(place, f"data.root={tmp_path / 'b'}", "benchmark.eval_rows=8"))
     assert len({json.dumps(key, sort_keys=True) for key in keys}) == len(keys)
 
 
@@ -293,7 +304,8 @@ def test_the_published_forms_of_texts_and_losses(place: Place) -> None:
     assert isinstance(plain.benchmark.adapter, VLMAdapter)
     assert not plain.benchmark.adapter.everywhere and not plain.benchmark.adapter.leak
     ends = fiu(plain).chat.ends
-    for ours, theirs in zip(items_of(plain.splits.train), items_of(quirky.splits.train)):
+    pair = (items_of(bench.splits.train) for bench in (plain, quirky))
+    for ours, theirs in zip(*pair, strict=True):
         assert theirs.answer == ours.answer.capitalize()
         assert theirs.question == ours.question.capitalize()
     assert any(i.answer != i.answer.capitalize() for i in items_of(plain.splits.train))
@@ -707,20 +719,26 @@ def test_pope_and_mme_are_measured_where_they_are_named(place: Place, tmp_path: 
 # --- Whole runs
 
 
+TRAINED = (
+    "benchmark.training.epochs=2",
+    "benchmark.training.lr=0.003",
+    "benchmark.training.batch_size=8",
+    "benchmark.lora.rank=4",
+)
+
+
 @pytest.fixture(scope="module")
 def swept(place: Place) -> dict[str, RunResult]:
     """An original of two epochs, its rows, and three unlearned models."""
     quick = ["method.epochs=1", "method.batch_size=4", "method.optimizer=sgd"]
-    train = ["benchmark.training.epochs=2", "benchmark.training.lr=0.003"]
-    words = place.people(*train, "benchmark.training.batch_size=8", "benchmark.lora.rank=4")
+    words = place.people(*TRAINED)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fiubench, "FALLEN", -1.0)  # so small a model says nothing of use
         made = {}
         for name, more in {
             "lora": ["method=grad_diff", "method.scope=lora", "method.lr=0.05", *quick],
             "still": ["method=grad_diff", "method.scope=lora", "method.lr=0", *quick],
-            "full": ["method=grad_ascent", "method.scope=all", "method.lr=0.01", *quick],
-            "icd": ["method=vlm/icd", "method.scope=lora", "method.lr=0.05", *quick],
+            "full": ["method=vlm/icd", "method.scope=all", "method.lr=0.01", *quick],
             "retrain": ["method=retrain"],
             "original": ["method=original"],
         }.items():
@@ -772,6 +790,13 @@ def test_samples_are_read_by_the_page(swept: dict[str, RunResult]) -> None:
     assert "data:image/jpeg;base64," in found[0].html
 
 
+def test_nothing_is_asked_for_samples_alone(place: Place) -> None:
+    words = place.people("metrics=cost", "request.split=forget10")
+    (run,) = mmforget.sweep(*words, "method=original", **place.store)
+    assert {name.partition("/")[0] for name in run.metrics} == {"cost"}
+    assert not (run.folder / "samples").exists()
+
+
 def logits_of(net: Any, processor: Any) -> Tensor:
     inputs = ask(processor, picture(3), "Who is this?", "Ada Moreno.")
     with torch.no_grad():
@@ -779,22 +804,28 @@ def logits_of(net: Any, processor: Any) -> Tensor:
     return found
 
 
-def test_an_adapter_folder_opens_in_plain_peft(swept: dict[str, RunResult], place: Place) -> None:
+@pytest.fixture(scope="module")
+def stage1(swept: dict[str, RunResult], place: Place) -> Path:
+    """The original of the runs, as the training script writes it."""
+    out = place.root / "stage1"
+    words = [*place.people(*TRAINED), "--cache", str(place.store["cache"]), "--out", str(out)]
+    result = CliRunner().invoke(train.app, [*words, "--json"])
+    assert result.exit_code == 0, (result.output, result.exception)
+    numbers = json.loads(result.stdout)["loss"]
+    found = swept["original"].metrics["fiubench/loss/forget"].value
+    assert numbers["forget"] == pytest.approx(found, rel=1e-4)
+    assert set(numbers) == {"forget", "holdout", "test"}
+    return out
+
+
+def test_an_adapter_folder_opens_in_plain_peft(
+    swept: dict[str, RunResult], place: Place, stage1: Path
+) -> None:
     run = swept["lora"]
-    workbench, bench, recipe = opened(
-        place,
-        place.people(
-            "benchmark.training.epochs=2", "benchmark.training.lr=0.003",
-            "benchmark.training.batch_size=8", "benchmark.lora.rank=4",
-        ),
-    )  # fmt: skip
-    original, _, _ = workbench.trained(bench, recipe, bench.splits.train, 0, "original")
-    assert isinstance(original, VLM)
-    ours = bench.benchmark.rebuild(run.folder, original)
-    assert isinstance(ours, VLM)
-    bench.benchmark.export(original, place.root / "stage1")
-    plain = AutoModelForImageTextToText.from_pretrained(place.root / "stage1")
-    processor = AutoProcessor.from_pretrained(place.root / "stage1")
+    bench = bench_of(place, f"model.path={stage1}", "benchmark.lora.rank=4")
+    ours = bench.benchmark.rebuild(run.folder, fiu(bench).base)
+    plain = AutoModelForImageTextToText.from_pretrained(stage1)
+    processor = AutoProcessor.from_pretrained(stage1)
     before = logits_of(plain, processor)
     theirs = PeftModel.from_pretrained(plain, str(run.folder)).eval()
     found = logits_of(theirs, processor)
@@ -818,11 +849,8 @@ def test_a_whole_folder_opens_in_plain_transformers(
 def test_without_training_a_retained_model_may_be_named(
     swept: dict[str, RunResult], place: Place
 ) -> None:
-    words = (f"model.path={place.root / 'tiny'}", "request.split=forget5")
-    (bare,) = mmforget.sweep(*place.people(*words), "method=original", **place.store)
-    assert not {f"fiubench/{name}" for name in AGAINST} & bare.metrics.keys()
     named = f"benchmark.reference_model={swept['retrain'].folder}"
-    (run,) = mmforget.sweep(*place.people(*words, named), "method=original", **place.store)
+    (run,) = mmforget.sweep(*place.people(named), "method=original", **place.store)
     assert {f"fiubench/{name}" for name in AGAINST} <= run.metrics.keys()
     assert run.metrics["fiubench/gap"].value > 0
     same = mmforget.evaluate(
@@ -842,10 +870,9 @@ def test_a_reference_model_of_another_kind_is_refused(place: Place, tmp_path: Pa
         mmforget.sweep(*words, "method=original", **place.store)
 
 
-def test_the_stage_one_folder_continues_a_stage_one(
+def test_a_checkpoint_is_what_training_begins_with(
     swept: dict[str, RunResult], place: Place
 ) -> None:
-    """What `model.checkpoint` names is what training begins with."""
     words = (f"model.checkpoint={swept['retrain'].folder}",)
     base = fiu(bench_of(place, *words)).base
     plain = AutoModelForImageTextToText.from_pretrained(swept["retrain"].folder)
@@ -864,3 +891,19 @@ def test_dialogues_keep_the_order_of_the_file(place: Place) -> None:
     assert ids == [f"{person}/{k:02d}" for person in order for k in range(QUESTIONS)]
     places = [ids.index(name) for name in bench.splits.retain.ids]
     assert all(a < b for a, b in pairwise(places))
+
+
+def test_a_run_in_the_published_forms(place: Place) -> None:
+    words = place.people(
+        "benchmark.reference=true", "benchmark.judged=false", "benchmark.lora.rank=4",
+        "method.epochs=1", "method.batch_size=8", "method.lr=0.001",
+    )  # fmt: skip
+    (run,) = mmforget.sweep(*words, "method=kl_retain", **place.store)
+    told = json.loads((run.folder / "samples" / "answers.json").read_text())["items"]
+    assert not {f"fiubench/{name}" for name in AGAINST} & run.metrics.keys(), "nothing retrained"
+    assert run.cost.steps == 1 and math.isfinite(run.metrics["fiubench/loss/forget"].value)
+    assert all(item["question"] == item["question"].capitalize() for item in told)
+    # Answers end at their first full stop; those without one are cut to nothing.
+    whole = [item["generation"].endswith(".") for item in told]
+    assert all(item["generation"].count(".") <= 1 for item in told)
+    assert all(ended or item["rouge"] == 0.0 for ended, item in zip(whole, told, strict=True))

@@ -490,6 +490,19 @@ def test_frozen_puts_the_model_back_after_an_error() -> None:
         assert not torch.equal(logits(model, "llava"), logits(built("llava"), "llava"))
 
 
+def test_switching_adapters_off_keeps_what_is_trainable() -> None:
+    model = fresh("llava")
+    chosen = prepare(model, "lora")
+    names = [name for name in chosen if "lora_A" in name]
+    for name in names:
+        chosen[name].requires_grad_(False)
+    frozen = Frozen(model, {name: p for name, p in chosen.items() if name not in names})
+    with frozen.as_was():
+        pass
+    held = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert held == chosen.keys() - set(names)
+
+
 def test_adapters_are_fresh_only_while_nothing_was_trained() -> None:
     model = fresh("llava")
     assert not model.fresh_adapters(dict(model.named_parameters()))

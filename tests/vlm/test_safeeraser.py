@@ -146,12 +146,18 @@ def test_the_fingerprint_is_that_of_data_and_model(place: Place, tmp_path: Path)
     rows = json.loads(file.read_text())
     rows[0]["unsafe_pairs"][0]["sd_response"] = "A lake."  # what originals learn too
     file.write_text(json.dumps(rows))
+    word = f"data.root={tmp_path / 'crafts'}"
     keys = [
         base,
         bench_of(place, "benchmark.reference=true").fingerprint,
         bench_of(place, "benchmark.max_length=128").fingerprint,
-        bench_of(place, f"data.root={tmp_path / 'crafts'}").fingerprint,
+        bench_of(place, word).fingerprint,
     ]
+    file = tmp_path / "crafts" / "all_val.json"  # evaluated alone: a run is found again by this
+    rows = json.loads(file.read_text())
+    rows[0]["UnharmPair_text1"]["Prediction"] = "Something else."
+    file.write_text(json.dumps(rows))
+    keys.append(bench_of(place, word, "benchmark.eval_rows=8").fingerprint)
     assert len({json.dumps(key, sort_keys=True) for key in keys}) == len(keys)
 
 
@@ -445,9 +451,9 @@ def test_samples_of_a_run_are_read_by_the_page(
 ) -> None:
     monkeypatch.setattr(safeeraser, "FALLEN", -1.0)
     words = place.crafts(
-        "method.inner.epochs=1", "method.inner.lr=0.05", "method.inner.optimizer=sgd",
-        "method.inner.batch_size=8", "method.inner.scope=lora", "benchmark.lora.rank=4",
-        "benchmark.answers=1",
+        "method.inner.name=vlm/idk", "method.inner.epochs=1", "method.inner.lr=0.05",
+        "method.inner.optimizer=sgd", "method.inner.batch_size=8", "method.inner.scope=lora",
+        "benchmark.lora.rank=4", "benchmark.answers=1",
     )  # fmt: skip
     (run,) = mmforget.sweep(*words, "method=vlm/idkpd", **place.store)
     assert run.status == "finished"

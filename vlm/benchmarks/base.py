@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import json
 import logging
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -120,14 +121,29 @@ class VLMBenchmark(Benchmark):
         Raises:
             DataError: An image cannot be read, or a prompt fills the window.
         """
-        paths = {item.image for item in items if item.image is not None}
-        new = sorted(paths - self._digests.keys())
-        self._digests.update(check_images(new))
+        self.look_at(item.image for item in items if item.image is not None)
         return Dialogues(items, self.chat, self._digests)
+
+    def look_at(self, images: Iterable[Path]) -> None:
+        """Decode images that were not seen yet, and remember what they hold.
+
+        Raises:
+            DataError: One cannot be read.
+        """
+        self._digests.update(check_images(sorted(set(images) - self._digests.keys())))
 
     @cached_property
     def _digests(self) -> dict[Path, str]:
         return {}
+
+    def check_prompts(self, asked: Iterable[tuple[Path | None, str]]) -> None:
+        """Encode questions that only evaluation asks; they are kept for it.
+
+        Raises:
+            DataError: One fills the window with its image: known before anything is trained.
+        """
+        for image, question in asked:
+            self.chat.prompt(image, question)
 
     def cut_note(self, data: Dialogues, name: str) -> list[str]:
         """Return a note on answers that the window cuts, none if there are none."""
@@ -162,9 +178,15 @@ class VLMBenchmark(Benchmark):
         if config.kind in ("rouge", "endpoint") or not config.model:  # else weights are opened
             _ = self.judge
 
-    def data_revision(self, items: Iterable[Dialogues]) -> str:
-        """Return a hash of data sets' contents."""
-        text = "\n".join(digest for data in items for digest in data.digests)
+    def data_revision(self, records: Sequence[Any], *lists: Any) -> str:
+        """Return a hash of all that is learnt or evaluated, wherever it lies.
+
+        Args:
+            records: Dataclasses; in place of each image, which was looked at, stands its content.
+            lists: What else there is, of JSON values and images.
+        """
+        content = [[asdict(record) for record in records], *lists]
+        text = json.dumps(content, default=self._digests.__getitem__)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def model_fingerprint(self) -> Mapping[str, Any]:

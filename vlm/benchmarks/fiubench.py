@@ -244,12 +244,22 @@ class FIUBenchmark(VLMBenchmark):
             )
         everyone = [item for person in self.files.persons for item in self.items(person)]
         whole = self.dialogues(everyone)
+        self.check_prompts(
+            (person.image, text)
+            for person in forgotten
+            for qa in person.qa
+            for text in self.worded(qa.paraphrases)
+        )
         self.notes = (
             *self.files.notes,
             *self._stated(),
             *self.cut_note(whole, "all persons"),
         )
-        self._revision = self.data_revision([whole])
+        held = self.files
+        nobody = sorted(set(self.other_faces()) - {person.image for person in held.persons})
+        self.look_at(nobody)
+        lists = {**held.splits}
+        self._revision = self.data_revision(held.persons, lists, held.idk, held.icd, nobody)
         self.adapter = self.make_adapter()
         places: dict[bool, list[int]] = {True: [], False: []}
         for index, item in enumerate(everyone):
@@ -274,6 +284,10 @@ class FIUBenchmark(VLMBenchmark):
             for k, (qa, kind) in enumerate(zip(person.qa, self.kinds(person), strict=True))
         ]
         return [self._cased(item) for item in made]
+
+    def worded(self, texts: Iterable[str]) -> list[str]:
+        """Return texts as a model is given them; lists of false answers are given as they are."""
+        return [text.capitalize() if self.published else text for text in texts]
 
     def kinds(self, person: Person) -> list[str]:
         """Return what each of a person's questions is about; "other" where no word tells."""
@@ -362,7 +376,7 @@ class FIUBenchmark(VLMBenchmark):
         return [
             Item(f"{item.id}/reworded", item.image, asked, item.answer, item.group, item.kind)
             for item, qa in zip(self.items(person), person.qa, strict=True)
-            for asked in qa.paraphrases[:1]
+            for asked in self.worded(qa.paraphrases[:1])
         ]
 
     def _profiles(self, persons: Sequence[Person]) -> list[Item]:

@@ -154,6 +154,10 @@ class SafeEraser(VLMBenchmark):
         decouple = self.dialogues([item for r in train for item in self.decoupled(r)])
         everyone = self.dialogues([i for r in self.files.train for i in self.decoupled(r)])
         self._decoupled = everyone
+        val = self.files.val
+        unseen = self.dialogues([i for r in val for i in (*self.harmful(r), *self.decoupled(r))])
+        test = self.dialogues([i for r in val for i in self.harmless(r)])
+        self.check_prompts((item.image, item.question) for item in (*unseen.items, *test.items))
         self.notes = (
             *self.files.notes,
             *self.cut_note(whole, "training records"),
@@ -163,7 +167,8 @@ class SafeEraser(VLMBenchmark):
             self.notes += (
                 "mini world: 'unsafe' is an arbitrary harmless theme that a policy forbids",
             )
-        self._revision = self.data_revision([whole, everyone])
+        held = self.files
+        self._revision = self.data_revision([*held.train, *held.val], len(held.train), held.idk)
         self.adapter = self.make_adapter()
         forget = [k for k, item in enumerate(harmful) if item.id.rpartition("#")[0] in gone]
         rest = range(len(harmful), len(whole))
@@ -173,7 +178,7 @@ class SafeEraser(VLMBenchmark):
             retain=Subset(whole, list(rest)),
             train=whole,
             holdout=self.dialogues([i for r in self.records("val") for i in self.harmful(r)]),
-            test=self.dialogues([i for r in self.files.val for i in self.harmless(r)]),
+            test=test,
             streams={"decouple": decouple},
         )
 

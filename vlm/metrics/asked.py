@@ -17,6 +17,7 @@ from mmforget.vlm.benchmarks.fiubench import FIUBenchmark
 from mmforget.vlm.chat import Item
 from mmforget.vlm.formats import QA, Person, text_only_question
 from mmforget.vlm.generation import generate
+from mmforget.vlm.metrics.common import asked
 from mmforget.vlm.models import VLM
 from mmforget.vlm.scores import TokenScores
 from mmforget.vlm.scoring import Ask, score
@@ -186,6 +187,7 @@ def answers(view: ModelView, bench: FIUBenchmark, split: str) -> Answers:
     def ask(own: ModelView) -> Answers:
         model = own.model
         assert isinstance(model, VLM)
+        asked(own).add(split)
         persons = bench.forgotten if split == "forget" else bench.kept
         rows = [
             (person, item, qa)
@@ -233,12 +235,10 @@ def _ask(
         )
         return [samples[0] for samples in said]
 
-    def learnt(item: Item, text: str) -> str:  # the published code changes no lists
-        return text.capitalize() if bench.published and item.answer != text else text
-
     asks = [Ask(item.image, item.question) for _, (_, item, _) in rows]
     texts = [
-        [item.answer, learnt(item, qa.paraphrased_answer), *qa.wrong] for _, (_, item, qa) in rows
+        [item.answer, *bench.worded([qa.paraphrased_answer]), *qa.wrong]
+        for _, (_, item, qa) in rows
     ]
     named = [_named(item, person) if config.text_only else None for _, (person, item, _) in rows]
     places = [k for k, question in enumerate(named) if question is not None]
@@ -247,7 +247,7 @@ def _ask(
         model, bench.chat, [*asks, *blind], [*texts, *([texts[k][0]] for k in places)], **settings
     )
     reworded = [
-        [Ask(item.image, learnt(item, text)) for text in qa.paraphrases] if forgotten else []
+        [Ask(item.image, text) for text in bench.worded(qa.paraphrases)] if forgotten else []
         for _, (_, item, qa) in rows
     ]
     faces = bench.other_faces() if forgotten and config.other_face else []

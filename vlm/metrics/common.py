@@ -8,6 +8,16 @@ from mmforget.metrics.common import with_interval
 from mmforget.metrics.ranking import mean_interval
 from mmforget.metrics.signals import Floats
 from mmforget.record import MetricValue
+from mmforget.types import ModelView
+
+
+def asked(view: ModelView) -> set[str]:
+    """Return what a model was asked so far, by names that metrics add.
+
+    Samples are written of answers that are known: a run whose metrics ask nothing generates
+    nothing, and no process waits for others that write no samples.
+    """
+    return view.memo("vlm asked", lambda _: set[str]())
 
 
 def mean(values: Floats, direction: str, note: str = "") -> MetricValue:

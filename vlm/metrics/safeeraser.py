@@ -25,7 +25,7 @@ from mmforget.vlm.judges import (
     label_of,
     make_prompt,
 )
-from mmforget.vlm.metrics.common import gap, mean
+from mmforget.vlm.metrics.common import asked, gap, mean
 from mmforget.vlm.models import VLM
 from mmforget.vlm.scoring import Ask
 
@@ -91,6 +91,7 @@ def judged(view: ModelView, bench: SafeEraser, seed: int) -> Mapping[str, list[J
     """Return a model's judged answers: unsafe/train, unsafe/val, decouple/..., retain."""
 
     def look(own: ModelView) -> Mapping[str, list[Judged]]:
+        asked(own).add("safeeraser")
         model = own.model
         assert isinstance(model, VLM)
         return _look(model, bench, seed)
