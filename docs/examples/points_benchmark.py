@@ -16,7 +16,7 @@ from mmforget.options import option
 from mmforget.record import write_text
 from mmforget.registry import BENCHMARKS
 from mmforget.rng import Draws, generator
-from mmforget.types import Benchmark, Outputs, Splits, Subset, Training
+from mmforget.types import Benchmark, Outputs, Splits, Subset, Training, frozen_copy
 
 CLASSES, SIZE = 4, 8
 COUNTS = {"train": 240, "test": 120, "unseen": 120}
@@ -43,6 +43,8 @@ class Points:
 class PointAdapter:
     """What one forward pass is: all that methods, metrics and attacks know of points."""
 
+    random = False  # nothing is drawn for a batch
+
     def prepare(self, raw: Any, draws: Draws, train: bool) -> Any:
         """Put a batch on the device; in training points move a little, as a crop would."""
         x = raw["x"].to(draws.device)
@@ -66,6 +68,10 @@ class PointAdapter:
         """Return the batch with labels drawn at random."""
         offset = 1 + draws.integers(CLASSES - 1) if exclude_true else draws.integers(CLASSES)
         return {**data, "y": (data["y"] + offset) % CLASSES}
+
+    def frozen(self, model: nn.Module, trainable: Mapping[str, nn.Parameter]) -> nn.Module:
+        """Return a copy: a model this small has nothing cheaper."""
+        return frozen_copy(model)
 
     def parameters(self, model: nn.Module, scope: str) -> dict[str, nn.Parameter]:
         """Return all weights, or those of the last layer."""

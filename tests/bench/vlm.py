@@ -66,7 +66,7 @@ class Size(NamedTuple):
 
 MID = {
     "dim": 768,
-    "layers": 20,
+    "layers": 14,
     "heads": 12,
     "tower": 384,
     "tower_layers": 6,
@@ -84,7 +84,7 @@ LARGE = {
 }
 SIZES = {
     "mini": Size({}, 0, torch.float32, 200, 48, (40, 8)),
-    "mid": Size(MID, 0, torch.float32, 20, 12, (4, 2)),
+    "mid": Size(MID, 32064, torch.float32, 10, 12, (4, 1)),
     "7b": Size(LARGE, 32064, torch.bfloat16, 200, 48, (40, 4)),
 }
 WINDOW = 2048  # tokens, for the larger sizes
@@ -304,17 +304,16 @@ def compare(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
             found[f"{name}_s"] = {**seconds, "ours/plain": 1 / seconds["ratio"]}
     if "memory" in given.parts:
         del world, model
-        peaks = {side: measured(given, folder, side) for side in ("plain", "ours")}
-        found["npo with retain term, peak_MiB"] = {
-            **peaks,
-            "ours/plain": peaks["ours"] / peaks["plain"],
-        }
+        for name, retain in (("npo", False), ("npo with retain term", True)):
+            peaks = {side: measured(given, folder, side, retain) for side in ("plain", "ours")}
+            found[f"{name}, peak_MiB"] = {**peaks, "ours/plain": peaks["ours"] / peaks["plain"]}
     return found
 
 
-def measured(given: argparse.Namespace, folder: Path, side: str) -> float:
+def measured(given: argparse.Namespace, folder: Path, side: str, retain: bool) -> float:
     """Return the peak of one side in MiB, in a process of its own."""
     words = [sys.executable, "-m", "tests.bench.vlm", "--measure", side, "--folder", str(folder)]
+    words += ["--retain"] * retain
     for name in ("size", "device", "threads", "rank"):
         words += [f"--{name}", str(getattr(given, name))]
     done = subprocess.run(words, check=True, capture_output=True, text=True)
@@ -330,7 +329,7 @@ def peak(given: argparse.Namespace) -> float:
         before = int(lines.read().split()[1]) * resource.getpagesize()
     world = open_world(given, folder / given.measure)
     lora = Lora(rank=given.rank, alpha=2.0 * given.rank, dropout=0.0)
-    rest = (world, lora, size.npo[1], 1, True)
+    rest = (world, lora, size.npo[1], 1, given.retain)
     if given.measure == "plain":
         plain_npo(world.model, *rest)
     else:
@@ -393,6 +392,7 @@ def main() -> None:
         default=("loss", "generation", "npo", "memory"),
     )
     parser.add_argument("--measure", choices=("plain", "ours"), help=argparse.SUPPRESS)
+    parser.add_argument("--retain", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
@@ -405,7 +405,7 @@ def main() -> None:
             mini.write_fiubench(folder / part / "world", 0, persons=20, questions=10)
         found = compare(given, folder)
     machine = {"machine": platform.processor() or platform.machine(), "torch": torch.__version__}
-    settings = {k: v for k, v in vars(given).items() if k not in ("measure", "folder")}
+    settings = {k: v for k, v in vars(given).items() if k not in ("measure", "retain", "folder")}
     print(json.dumps({**machine, **settings, **found}, indent=1))
 
 

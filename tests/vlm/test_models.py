@@ -264,9 +264,8 @@ def test_adapters_are_read_back_here_and_by_peft(trained: Trained, tmp_path: Pat
     save(trained.model, tmp_path / "made")
     files = {file.name for file in (tmp_path / "made").iterdir()}
     assert files == {"adapter_config.json", "adapter_model.safetensors"}
-    for path in (tmp_path / "made", tmp_path / "made" / "model.safetensors"):
-        read = load(path, trained.start)
-        assert not read.training and torch.equal(logits(read, trained.family), mine)
+    read = load(tmp_path / "made", trained.start)
+    assert not read.training and torch.equal(logits(read, trained.family), mine)
     assert torch.equal(logits(trained.start, trained.family), start)
     plain = AutoModelForImageTextToText.from_pretrained(trained.folder)
     peft = PeftModel.from_pretrained(plain, str(tmp_path / "made")).eval()
@@ -283,8 +282,7 @@ def test_a_whole_model_is_read_back_here_and_by_transformers(
     model.merge()
     mine = logits(model, trained.family)
     save(model, tmp_path)
-    for path in (tmp_path, tmp_path / "model.safetensors"):
-        assert torch.equal(logits(load(path, trained.start), trained.family), mine)
+    assert torch.equal(logits(load(tmp_path, trained.start), trained.family), mine)
     assert torch.equal(logits(trained.start, trained.family), start)
     again = open_model(str(tmp_path))
     assert torch.equal(logits(again, trained.family), mine)
@@ -836,6 +834,15 @@ def test_a_file_of_named_tensors(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="no such file"):
             load(path, start)
     assert same(values(start), before)
+
+
+def test_a_file_stands_for_its_folder(adapters: Path, tmp_path: Path) -> None:
+    make("llava", tmp_path, seed=1)
+    for folder in (tmp_path, adapters):
+        wanted = logits(load(folder, built("llava")), "llava")
+        assert not torch.equal(wanted, logits(built("llava"), "llava"))
+        found = load(folder / "model.safetensors", built("llava"))  # there or not
+        assert torch.equal(logits(found, "llava"), wanted)
 
 
 def test_attention_and_place_are_kept(tmp_path: Path) -> None:
