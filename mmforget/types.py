@@ -8,7 +8,7 @@ training, protocol), `UnlearningMethod`, `Metric` and `Attack`.
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
 
@@ -343,6 +343,12 @@ class Training:
         "batch-norm statistics: `frozen` keeps them, `train` updates them",
         choices=("frozen", "train"),
     )
+
+    def recipe(self) -> dict[str, Any]:
+        """Return what decides trained weights: all but `stop_below`, a rule of forget terms."""
+        values = asdict(self)
+        del values["stop_below"]
+        return values
 
 
 class Pass(NamedTuple):

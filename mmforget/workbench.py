@@ -180,7 +180,7 @@ class Workbench:
             "benchmark": plan.benchmark,
             "recipe": bench.benchmark.recipe,
             "fingerprint": dict(bench.fingerprint),
-            "training": asdict(bench.benchmark.training),
+            "training": bench.benchmark.training.recipe(),
             "seed": seed,
             "examples": ids_sha(data),
         }

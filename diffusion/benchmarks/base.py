@@ -6,7 +6,7 @@ import json
 import logging
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -216,7 +216,7 @@ class DiffusionBenchmark(Benchmark):
         held = {
             "version": mini.VERSION,
             "world": self.data.seed,
-            "training": asdict(self.training),
+            "training": self.training.recipe(),
             "caption_dropout": getattr(self.config, "caption_dropout", 0.0),
             "snr_gamma": getattr(self.config, "snr_gamma", None),
             "examples": hashlib.sha256("\n".join(data.ids).encode()).hexdigest(),

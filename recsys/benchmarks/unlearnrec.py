@@ -80,7 +80,7 @@ class UnlearnRecBenchmark(RecommenderBenchmark):
     def _implausible(self, table: Table) -> tuple[Ints, Ints]:
         """Return the pairs that a model of the clean data finds worst; computed once, stored."""
         recipe = {
-            "training": asdict(self.training),
+            "training": self.training.recipe(),
             "model": asdict(self.model),
             "sampling": self.config.sampling,
             "negatives": self.config.negatives,
