@@ -185,6 +185,8 @@ METHODS: "Registry[type[UnlearningMethod[Any]]]" = Registry(
         "grad_diff": f"{_M}.grad_diff:GradDiff",
         "kl_retain": f"{_M}.kl_retain:KLRetain",
         "random_label": f"{_M}.random_label:RandomLabel",
+        "dpo": f"{_M}.dpo:DPO",
+        "idk": f"{_M}.idk:IDK",
         "npo": f"{_M}.npo:NPO",
         "simnpo": f"{_M}.simnpo:SimNPO",
         "scrub": f"{_M}.scrub:Scrub",

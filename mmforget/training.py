@@ -159,12 +159,13 @@ def optimise(ctx: Context, method: LossMethod[Any]) -> nn.Module:
                 engine.meter.steps += 1
                 engine.meter.examples_seen += sum(len(rows) for rows in step.rows.values())
                 advance(1, log.add(ctx.step, terms, rate, last=ctx.step == total))
-                if ctx.step == total < ctx.steps:
+                stopped = ctx.step == total < ctx.steps
+                if stopped or ctx.step == first + count:
+                    method.after_epoch(ctx)
+                if stopped:
                     logger.info("stopped after step %d: method.stop_below", total)
                     engine.log(total, {"stopped": 1.0})
                     break
-                if ctx.step == first + count:
-                    method.after_epoch(ctx)
                 due = time.monotonic() - saved > engine.runtime.checkpoint_every_s
                 # Only once all losses so far were written, and found finite.
                 if method.resume is not None and due and not log.waiting:
@@ -294,13 +295,8 @@ def _loaded(ctx: Context, todo: Sequence[Step]) -> Iterator[tuple[Step, list[Par
                 relabel=("forget",) if run.relabel else (),
                 raw=raw,
             )
-            yield (
-                step,
-                [
-                    Part(part.get("forget"), part.get("retain"), part.get(run.extra or ""))
-                    for part in micro
-                ],
-            )
+            names = ("forget", "retain", run.extra or "")
+            yield step, [Part(*(part.get(name) for name in names)) for part in micro]
 
 
 def make_optimizer(config: Training, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:

@@ -11,8 +11,6 @@ ENTRIES: dict[str, dict[str, str]] = {
         "vlm/safeeraser": f"{_V}.benchmarks.safeeraser:SafeEraser",
     },
     "methods": {
-        "vlm/idk": f"{_V}.methods.idk:IDK",
-        "vlm/dpo": f"{_V}.methods.dpo:DPO",
         "vlm/undial": f"{_V}.methods.undial:UNDIAL",
         "vlm/wga": f"{_V}.methods.reweighted:WGA",
         "vlm/satimp": f"{_V}.methods.reweighted:SatImp",

@@ -37,6 +37,10 @@ class Tokens(NamedTuple):
     items: tuple[Item, ...]
     image_token: int
 
+    def predicting(self, logits: Tensor) -> Tensor:
+        """Return the logits that predict each target, [B, A, V], of those kept, [B, keep, V]."""
+        return logits.gather(1, self.at[:, :, None].expand(-1, -1, logits.shape[-1]))
+
     def places(self, kind: str) -> Tensor:
         """Return where tokens of a kind stand, bool [B, T].
 
@@ -134,19 +138,16 @@ class VLMAdapter:
             with model.as_was() as before:
                 return self.forward(before, data)
         logits = _vlm(model).logits(data.inputs, data.keep)
-        width = logits.shape[-1]
-        picked = logits.gather(1, data.at[:, :, None].expand(-1, -1, width))
-        loss = F.cross_entropy(
-            picked.flatten(0, 1), data.targets.flatten(), ignore_index=IGNORED, reduction="none"
-        ).view(data.targets.shape)
+        picked = data.predicting(logits)
+        loss = token_losses(picked, data.targets).sum(1)
         counts = data.targets != IGNORED
         if not self.everywhere:
-            return Outputs(loss.sum(1), picked, counts)
+            return Outputs(loss, picked, counts)
         mask = torch.zeros(logits.shape[:2], dtype=torch.bool, device=logits.device)
         mask[torch.arange(len(mask), device=mask.device)[:, None].expand_as(data.at), data.at] = (
             counts
         )
-        return Outputs(loss.sum(1), logits, mask)
+        return Outputs(loss, logits, mask)
 
     def divergence(self, student: Outputs, teacher: Outputs, temperature: float = 1.0) -> Tensor:
         """Return KL(teacher || student)·T² over the vocabulary, summed over what counts, [B]."""
@@ -202,14 +203,28 @@ class VLMAdapter:
         """Return of each answer its loss, its number of tokens, and the share predicted first."""
         found = self.forward(model, data)
         counts = data.targets != IGNORED
-        if self.everywhere:
-            width = found.pred.shape[-1]
-            best = found.pred.gather(1, data.at[:, :, None].expand(-1, -1, width)).argmax(-1)
-        else:
-            best = found.pred.argmax(-1)
-        units = counts.sum(1).float()
+        best = answer_logits(found, data).argmax(-1)
+        units = self.units(data)
         hits = ((best == data.targets) & counts).sum(1).float() / units
         return {"loss": full(found.loss), "tokens": units, "hit": hits}
+
+
+def answer_logits(found: Outputs, data: Tokens) -> Tensor:
+    """Return the logits that predict each answer token, [B, A, V], whatever `pred` holds."""
+    return found.pred if data.keep else data.predicting(found.pred)
+
+
+def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return -log p of each target, [B, A]; 0 behind the end of an answer.
+
+    Args:
+        logits: [B, A, V].
+        targets: [B, A]; -100 behind the end.
+    """
+    flat = F.cross_entropy(
+        logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
+    )
+    return flat.view(targets.shape)
 
 
 def _vlm(model: nn.Module) -> VLM:

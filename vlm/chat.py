@@ -100,6 +100,7 @@ class Chat:
             raise ConfigError(f"the tokenizer of {model.source} has no end token")
         pad = self.tokenizer.pad_token_id
         self.pad = int(self.ends[0] if pad is None else pad)
+        self._last: tuple[Path, Image.Image] | None = None
         self._images: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
         self._texts: OrderedDict[Any, Encoded] = OrderedDict()
         self._processed: OrderedDict[Any, Any] = OrderedDict()
@@ -174,23 +175,10 @@ class Chat:
         return marks
 
     def _made(self, image: Path | None, question: str, answer: str | None) -> Encoded:
-        if self._begins:
-            prompt = self._process(image, question, None)
-            ids = prompt["input_ids"][0].tolist()
-        else:  # cut from a dialogue, so that it is what was trained on
-            # An answer of no tokens has no mark.
-            prompt = self._process(image, question, answer or "?", marked=True)
-            ids = prompt["input_ids"][0].tolist()[: self._marks(prompt).index(1)]
-        if len(ids) >= self.max_length:
-            raise DataError(
-                f"the question {question[:60]!r} takes {len(ids)} tokens with its image, and the "
-                f"window is {self.max_length}: raise benchmark.max_length, or take a model with a "
-                f"larger window"
-            )
         if answer is None:
-            text = {name: value[:, : len(ids)] for name, value in _textual(prompt).items()}
-            return Encoded(ids, len(ids), text, {})
-        whole = prompt if answer and not self._begins else self._process(image, question, answer)
+            return self._prompt(image, question)
+        ids = self._encode(image, question, None).ids  # once for all answers
+        whole = self._process(image, question, answer)
         full = whole["input_ids"][0].tolist()
         if full[: len(ids)] != ids:
             raise DataError(
@@ -206,6 +194,22 @@ class Chat:
         text = {name: value[:, : self.max_length] for name, value in text.items()}
         return Encoded(ids + body[:room], len(ids), text, {}, max(0, len(body) - room))
 
+    def _prompt(self, image: Path | None, question: str) -> Encoded:
+        if self._begins:
+            found = self._process(image, question, None)
+            ids = found["input_ids"][0].tolist()
+        else:  # cut from a dialogue, so that it is what was trained on
+            found = self._process(image, question, "?", marked=True)
+            ids = found["input_ids"][0].tolist()[: self._marks(found).index(1)]
+        if len(ids) >= self.max_length:
+            raise DataError(
+                f"the question {question[:60]!r} takes {len(ids)} tokens with its image, and the "
+                f"window is {self.max_length}: raise benchmark.max_length, or take a model with a "
+                f"larger window"
+            )
+        text = {name: value[:, : len(ids)] for name, value in _textual(found).items()}
+        return Encoded(ids, len(ids), text, {})
+
     def _ended(self, body: list[int]) -> list[int]:
         """Return answer tokens that end in one end token, or in none if none is to be learnt."""
         ends = [k for k, token in enumerate(body) if token in self.ends]
@@ -220,7 +224,7 @@ class Chat:
     ) -> Mapping[str, Any]:
         content: list[dict[str, Any]] = [{"type": "text", "text": question}]
         if image is not None:
-            content.insert(0, {"type": "image", "image": read_image(image)})
+            content.insert(0, {"type": "image", "image": self._shown(image)})
         messages = [{"role": "user", "content": content}]
         if answer is not None:
             messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
@@ -258,6 +262,12 @@ class Chat:
                 self._images.popitem(last=False)
                 held.pop(0)
         return found
+
+    def _shown(self, image: Path) -> Image.Image:
+        """Return an image; the last one is kept, as questions about it follow each other."""
+        if self._last is None or self._last[0] != image:
+            self._last = (image, read_image(image))
+        return self._last[1]
 
     def _image(self, image: Path, question: str) -> dict[str, Tensor]:
         key = str(image)

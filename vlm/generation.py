@@ -363,7 +363,6 @@ def _grow(
                 seen = _along(seen[chosen], slots).gather(
                     2, columns[:, None].expand(-1, slots.shape[1], -1)
                 )
-                seen[:, :, 0] = True  # no finished row may see nothing
                 tokens, done, owner, limit, depth = (
                     each[chosen].gather(1, slots) for each in (tokens, done, owner, limit, depth)
                 )

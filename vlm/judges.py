@@ -651,7 +651,7 @@ class EndpointJudge:
         def answer(prompt: JudgePrompt) -> str | None:
             try:
                 return self._answer(prompt, stop)
-            except Exception as error:
+            except Exception as error:  # raised below, when no other thread asks any more
                 failures.append(error)
                 stop.set()  # the rest would wait through the same tries
                 return None

@@ -29,11 +29,10 @@ def write_fiubench(trial: Trial, folder: Path) -> None:
     def told(split: str, table: Answers, place: int, row: Answered) -> dict[str, Any]:
         named = None
         if row.named is not None and row.named_right is not None:
-            words = [w for w in row.qa.keywords if w.lower() not in row.named.lower()]
             named = {
                 "question": row.named,
                 "generation": row.named_said,
-                "em": _known(em_keyword(words, row.named_said)),
+                "em": _known(em_keyword(row.named_keywords, row.named_said)),
                 "probability": math.exp(-row.named_right.loss),
             }
         other = None

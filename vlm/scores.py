@@ -17,14 +17,12 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.special import expit, gammaln, logsumexp
 from scipy.stats import ks_2samp
 from torch import Tensor
-from torch.nn import functional
 
 from mmforget.errors import CollapsedError, ConfigError, DataError, unknown
 from mmforget.metrics.ranking import Ranking
 from mmforget.metrics.signals import Floats
 from mmforget.metrics.similarity import js_divergence
 
-IGNORE = -100  # label of a position that is no answer token
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5)
 RATIO_WEIGHTS = (0.3, 0.3, 0.2, 0.1, 0.1)
 UTILITY_PARTS: Mapping[str, tuple[str, ...]] = {
@@ -32,70 +30,6 @@ UTILITY_PARTS: Mapping[str, tuple[str, ...]] = {
     "code": ("rouge", "probability", "truth_ratio", "gpt", "em"),
 }
 FORGET_WEIGHTS: Mapping[str, float] = {"ks": 0.5, "em": 0.15, "mia": 0.2, "ape": 0.15}
-
-
-def label_mask(input_ids: Tensor, prompt: int, reference: bool = False) -> Tensor:
-    """Return labels [T]: the ids, and -100 on the prompt.
-
-    Args:
-        input_ids: Prompt and answer, [T].
-        prompt: Tokens of the prompt, special ones and image placeholders included.
-        reference: The published code's mask, which leaves the last prompt token in the loss.
-
-    Raises:
-        DataError: There is no prompt, or no answer behind it.
-    """
-    if not 0 < prompt < len(input_ids):
-        raise DataError(
-            f"a prompt of {prompt} tokens in a dialogue of {len(input_ids)}: there must be a "
-            f"prompt, and an answer behind it"
-        )
-    labels = input_ids.clone()
-    labels[: prompt - reference] = IGNORE
-    return labels
-
-
-class AnswerLosses(NamedTuple):
-    """Cross-entropy over answer tokens, reduced in all ways in use; they differ in scale.
-
-    Attributes:
-        summed: Of each sequence, [B]; NPO's and DPO's likelihoods.
-        tokens: Answer tokens of each sequence, [B].
-        per_token: `summed / tokens`, [B].
-        token_mean: Over all answer tokens of the batch; what causal models return as their loss.
-        sequence_mean: Mean of `per_token`: short and long answers count alike.
-    """
-
-    summed: Tensor
-    tokens: Tensor
-    per_token: Tensor
-    token_mean: Tensor
-    sequence_mean: Tensor
-
-
-def answer_losses(logits: Tensor, labels: Tensor) -> AnswerLosses:
-    """Return the losses of a batch of answers; gradients flow.
-
-    Args:
-        logits: [B, T, V]; position t predicts label t + 1.
-        labels: [B, T], -100 where there is no answer token.
-
-    Raises:
-        DataError: The shapes do not fit, or a sequence has no answer token that is predicted.
-    """
-    if logits.ndim != 3 or logits.shape[:2] != labels.shape:
-        raise DataError(f"logits {list(logits.shape)} do not fit labels {list(labels.shape)}")
-    target = labels[:, 1:]
-    tokens = (target != IGNORE).sum(dim=1)
-    if bool((tokens == 0).any()):
-        rows = (tokens == 0).nonzero().flatten().tolist()
-        raise DataError(f"sequences {rows} of the batch have no answer tokens: mask prompts only")
-    losses = functional.cross_entropy(
-        _precise(logits[:, :-1]).transpose(1, 2), target, ignore_index=IGNORE, reduction="none"
-    )
-    summed = losses.sum(dim=1)
-    per_token = summed / tokens
-    return AnswerLosses(summed, tokens, per_token, summed.sum() / tokens.sum(), per_token.mean())
 
 
 @dataclass(frozen=True)
@@ -159,26 +93,6 @@ class TokenScores:
         with np.errstate(invalid="ignore", divide="ignore"):
             sigma = np.sqrt(np.maximum(self.sigma**2, floor))
             return np.asarray((self.logp - self.mean) / sigma)
-
-
-def token_scores(logits: Tensor, labels: Tensor) -> TokenScores:
-    """Return the scores of one answer's tokens.
-
-    Args:
-        logits: [T, V]; position t predicts label t + 1.
-        labels: [T], -100 on the prompt and on padding.
-
-    Raises:
-        DataError: The shapes do not fit, there are no answer tokens, or the answer begins at the
-            first position, where nothing predicts it.
-        CollapsedError: A log-probability is not finite.
-    """
-    if logits.ndim != 2 or labels.shape != logits.shape[:1]:
-        raise DataError(f"logits {list(logits.shape)} do not fit labels {list(labels.shape)}")
-    if len(labels) and int(labels[0]) != IGNORE:
-        raise DataError("the first position is an answer token, but no logits predict it")
-    places = (labels != IGNORE).nonzero().flatten()
-    return TokenScores.of(logits[places - 1], labels[places])
 
 
 def per_token_loss(logp: ArrayLike) -> float:
@@ -549,10 +463,6 @@ class Floor(NamedTuple):
 
     value: float
     made_from: tuple[str, ...]
-
-
-# Not printed anywhere: the published averages of Table 1 (LLaVA-Phi, forget5) imply it to 0.15 %.
-PUBLISHED_FLOOR = Floor(-26.1, ("FIUBench's own set of models, inferred",))
 
 
 def forget_floor(log_p: Mapping[str, float]) -> Floor:

@@ -32,9 +32,9 @@ logger = logging.getLogger(__name__)
 SHARED = ("auto", "on", "off")
 # Tokens of a tree, and how many for each token of its prefix: larger trees share more, and their
 # tokens see more that is masked.
-TREE, SPREAD = 128, 2
+TREE, SPREAD = 192, 2
 HEAD = {"cpu": 1 << 18, "cuda": 1 << 26}  # logits that are scored at a time
-ROWS = 8  # answers by which a model is asked both ways
+ROWS = 4  # answers by which a model is asked both ways
 # Largest difference of log p between the two ways; in half precision the mean, rounding decides.
 EXACT = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
@@ -356,14 +356,20 @@ def _difference(
 def _trees(
     group: Group, jobs: dict[int, Encoded], batch_size: int
 ) -> Iterator[tuple[list[int], Tree]]:
-    """Yield the rows of a group in trees of similar size, with their keys."""
-    rows, tree, size = [], Tree(), max(TREE, SPREAD * group.length)
+    """Yield the rows of a group in trees of equal size, as near as may be, with their keys."""
+    whole, marks = Tree(), [0]
     for k in group.rows:
+        whole.add(jobs[k].ids[group.length : -1], 0)
+        marks.append(len(whole.ids))
+    parts = max(1, round(marks[-1] / max(TREE, SPREAD * group.length)))
+    rows, tree, made = [], Tree(), 1
+    for place, k in enumerate(group.rows):
         row = jobs[k]
         tree.add(row.ids[group.length : -1], row.start - 1 - group.length)
         rows.append(k)
-        if len(tree.ids) >= size or len(rows) == batch_size:
+        middle = (marks[place] + marks[place + 1]) / 2  # as near with this row as without it
+        if middle * parts >= marks[-1] * made or len(rows) == batch_size:
             yield rows, tree
-            rows, tree = [], Tree()
+            rows, tree, made = [], Tree(), made + 1
     if rows:
         yield rows, tree

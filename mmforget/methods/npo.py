@@ -1,9 +1,10 @@
 """Negative preference optimisation (NPO)."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmforget.context import Context
@@ -11,6 +12,8 @@ from mmforget.methods.base import LossMethod
 from mmforget.methods.kl_retain import divergence_from
 from mmforget.options import option
 from mmforget.types import Batch, Training
+
+ENTRIES = ("raw", "vocabulary")  # ratios that compare predictions entry by entry
 
 
 @dataclass(frozen=True)
@@ -57,8 +60,7 @@ class NPO(LossMethod[NPOConfig]):
     def setup(self, ctx: Context) -> None:
         """Keep what the original makes of the forget set, and itself where that will not do."""
         config = self.config
-        entries = config.ratio in ("raw", "vocabulary")
-        self.before = None if entries else ctx.start_losses("forget")
+        self.before = None if config.ratio in ENTRIES else ctx.start_losses("forget")
         holds = config.retain == "kl" and config.retain_weight > 0
         self.original = ctx.frozen_copy() if holds or self.before is None else None
 
@@ -79,22 +81,42 @@ class NPO(LossMethod[NPOConfig]):
     def _push(self, ctx: Context, forget: Batch) -> Tensor:
         config = self.config
         student = ctx.forward(forget)
-        if self.before is None:
+        if config.ratio in ENTRIES:
             assert self.original is not None
-            original = ctx.forward(forget, self.original)
-            gain = student.loss - original.loss
+            before, now = ctx.forward(forget, self.original).pred, student.pred
+            if config.ratio == "vocabulary":
+                before, now = F.log_softmax(before, dim=-1), F.log_softmax(now, dim=-1)
+            gain = (before - now).flatten(1)
         else:
-            gain = student.loss - student.loss.new_tensor([self.before[i] for i in forget.ids])
+            loss = student.loss
+            gain = loss - loss_before(ctx, forget, loss, self.before, self.original)
         if config.ratio == "mean":
             gain = gain / forget.units
         elif config.ratio == "batch":
             gain = gain.sum() / forget.units.sum()
-        elif config.ratio == "raw":
-            gain = (original.pred - student.pred).flatten(1)
-        elif config.ratio == "vocabulary":
-            before, now = (F.log_softmax(found.pred, dim=-1) for found in (original, student))
-            gain = (before - now).flatten(1)
         push = -2.0 / config.beta * F.logsigmoid(config.beta * gain)
         if config.ratio == "batch":
             return ctx.once(push, forget)
         return ctx.mean(push.mean(1) if push.dim() > 1 else push, forget)
+
+
+def loss_before(
+    ctx: Context,
+    batch: Batch,
+    like: Tensor,
+    kept: Mapping[str, float] | None,
+    original: nn.Module | None,
+) -> Tensor:
+    """Return the losses of a batch under the original model, [B].
+
+    Args:
+        ctx: The run.
+        batch: Examples, with their own targets.
+        like: Losses whose type and device are taken.
+        kept: What `Context.start_losses` returned.
+        original: The original; asked where nothing could be kept.
+    """
+    if kept is not None:
+        return like.new_tensor([kept[i] for i in batch.ids])
+    assert original is not None
+    return ctx.forward(batch, original).loss

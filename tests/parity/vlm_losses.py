@@ -14,33 +14,14 @@ from torch import Tensor, nn
 from mmforget.context import Context
 from mmforget.engine import Engine, Runtime
 from mmforget.methods.base import LossMethod, Part, make_loss_method
-from mmforget.registry import METHODS
 from mmforget.rng import Draws
 from mmforget.types import Splits
 from mmforget.vlm.adapter import Tokens, VLMAdapter
-from mmforget.vlm.chat import IGNORED
+from mmforget.vlm.chat import IGNORED, Chat, Encoded
 from mmforget.vlm.methods.rmu import RMU, control_vector
 from mmforget.vlm.models import VLM, Lora
 
 Vector = dict[str, Any]
-
-M = "mmforget.vlm.methods"
-NAMES = {
-    "vlm/idk": f"{M}.idk:IDK",
-    "vlm/dpo": f"{M}.dpo:DPO",
-    "vlm/undial": f"{M}.undial:UNDIAL",
-    "vlm/wga": f"{M}.reweighted:WGA",
-    "vlm/satimp": f"{M}.reweighted:SatImp",
-    "vlm/ceu": f"{M}.ceu:CEU",
-    "vlm/rmu": f"{M}.rmu:RMU",
-    "vlm/icd": f"{M}.icd:ICD",
-    "vlm/pd": f"{M}.decouple:PromptDecouple",
-    "vlm/gapd": f"{M}.decouple:GAPD",
-    "vlm/gdpd": f"{M}.decouple:GDPD",
-    "vlm/klpd": f"{M}.decouple:KLPD",
-    "vlm/idkpd": f"{M}.decouple:IDKPD",
-}
-METHODS.extend({name: target for name, target in NAMES.items() if name not in METHODS})
 
 
 class HeldVLM(VLM):
@@ -226,8 +207,8 @@ def _fiubench(inputs: Vector) -> Vector:
         "kl": everywhere.loss(),
         "kl_term_all_positions": everywhere.terms()["retain"].item(),
         "kl_answer_tokens_only": answers.terms()["retain"].item(),
-        "po_idk": Held("vlm/idk", {}, *refused).loss(),
-        "po_sum_of_means": Held("vlm/idk", {"sum_of_means": True}, *refused).loss(),
+        "po_idk": Held("idk", {}, *refused).loss(),
+        "po_sum_of_means": Held("idk", {"sum_of_means": True}, *refused).loss(),
     }
 
 
@@ -270,7 +251,7 @@ def _dpo(inputs: Vector) -> Vector:
         "refusal": inputs["ref_alternate_logits"],
     }
     named = _splits(inputs, {**BOTH, "refusal": "alternate"})
-    made = Held("vlm/dpo", settings, *named, start)
+    made = Held("dpo", settings, *named, start)
     return {"loss": made.loss(), **made.gradients("logits", {"refusal": "alternate"})}
 
 
@@ -278,8 +259,8 @@ def _idk_po(inputs: Vector) -> Vector:
     labels, student = _splits(inputs, {"retain": "retain", "refusal": "idk"})
     labels["forget"], student["forget"] = labels["refusal"], student["refusal"]  # never learnt
     return {
-        "loss_concatenated": Held("vlm/idk", {}, labels, student).loss(),
-        "loss_sum_of_two_means": Held("vlm/idk", {"sum_of_means": True}, labels, student).loss(),
+        "loss_concatenated": Held("idk", {}, labels, student).loss(),
+        "loss_sum_of_two_means": Held("idk", {"sum_of_means": True}, labels, student).loss(),
     }
 
 
@@ -342,7 +323,49 @@ def _floats(value: Any) -> Tensor:
     return torch.as_tensor(value, dtype=torch.float64)
 
 
+def _answer_only_loss(inputs: Vector) -> Vector:
+    assert inputs["ignore_index"] == IGNORED
+    data = Labelled("forget", inputs["labels"], everywhere=False).take(range(len(inputs["labels"])))
+    adapter = HeldAdapter(None, everywhere=False)
+    loss = adapter.forward(HeldVLM(forget=inputs["logits"]), data).loss
+    units = adapter.units(data)
+    return {
+        "summed_per_sequence": loss,
+        "num_answer_tokens": units,
+        "per_token_per_sequence": loss / units,
+        "token_mean_batch": (loss.sum() / units.sum()).item(),
+        "sequence_mean_batch": (loss / units).mean().item(),
+    }
+
+
+def _label_mask(inputs: Vector) -> Vector:
+    ids = inputs["input_ids"]
+    prompt, _, _ = inputs["conversation"].partition(inputs["roles"][1])
+    words = len(prompt.split()) + len(inputs["roles"][1].split())
+    start = words + (len(ids) - len(inputs["conversation"].split()))  # a BOS, or none
+    chat = Chat.__new__(Chat)  # without a processor: the vector brings tokens
+    chat.pad, chat.image_token = 0, -1
+
+    def labels(leak: bool) -> list[int]:
+        adapter = VLMAdapter(chat, (), Lora(), everywhere=True, leak=leak)
+        data = adapter.tokens((), [Encoded(ids, start, {}, {})], "cpu")
+        made = torch.full((len(ids),), IGNORED)
+        made[data.at[0] + 1] = data.targets[0]
+        return made.tolist()
+
+    reference, corrected = labels(leak=True), labels(leak=False)
+    return {
+        "reference_labels": reference,
+        "corrected_labels": corrected,
+        "reference_leaks_prompt_tokens": sum(
+            a != b for a, b in zip(reference, corrected, strict=True)
+        ),
+    }
+
+
 ADAPTERS: dict[str, Callable[[Vector], Vector]] = {
+    "answer_only_loss": _answer_only_loss,
+    "label_mask": _label_mask,
     "fiubench_losses": _fiubench,
     "safeeraser_pd_losses": _safeeraser,
     "vlm/npo": _npo,

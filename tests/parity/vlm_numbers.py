@@ -7,8 +7,15 @@ import numpy as np
 import torch
 
 from mmforget.vlm import eraser_scores, scores, text_scores
+from mmforget.vlm.chat import IGNORED
 
 Vector = dict[str, Any]
+
+
+def scored(logits: torch.Tensor, labels: torch.Tensor) -> scores.TokenScores:
+    """Return scores of the labels [T] that are not -100; the logits [T, V] at t predict t + 1."""
+    places = (labels != IGNORED).nonzero().flatten()
+    return scores.TokenScores.of(logits[places - 1], labels[places])
 
 
 def _aggregate_forget_quality(inputs: Vector) -> Vector:
@@ -20,18 +27,6 @@ def _aggregate_forget_quality(inputs: Vector) -> Vector:
             scores.average_forget_quality(*row, floor, inputs["weights"])
             for row in zip(*columns, strict=True)
         ],
-    }
-
-
-def _answer_only_loss(inputs: Vector) -> Vector:
-    assert inputs["ignore_index"] == scores.IGNORE
-    found = scores.answer_losses(torch.tensor(inputs["logits"]), torch.tensor(inputs["labels"]))
-    return {
-        "summed_per_sequence": found.summed,
-        "num_answer_tokens": found.tokens,
-        "per_token_per_sequence": found.per_token,
-        "token_mean_batch": found.token_mean,
-        "sequence_mean_batch": found.sequence_mean,
     }
 
 
@@ -64,24 +59,10 @@ def _ks_forget_quality(inputs: Vector) -> Vector:
     }
 
 
-def _label_mask(inputs: Vector) -> Vector:
-    ids = torch.tensor(inputs["input_ids"])
-    prompt, _, _ = inputs["conversation"].partition(inputs["roles"][1])
-    words = len(prompt.split()) + len(inputs["roles"][1].split())
-    tokens = words + (len(ids) - len(inputs["conversation"].split()))  # a BOS, or none
-    reference = scores.label_mask(ids, tokens, reference=True)
-    corrected = scores.label_mask(ids, tokens)
-    return {
-        "reference_labels": reference,
-        "corrected_labels": corrected,
-        "reference_leaks_prompt_tokens": int((reference != corrected).sum()),
-    }
-
-
 def _mink(inputs: Vector) -> Vector:
     assert tuple(inputs["ratios"]) == scores.RATIOS
     assert tuple(inputs["weights"]) == scores.RATIO_WEIGHTS
-    found = scores.token_scores(torch.tensor(inputs["logits"]), torch.tensor(inputs["labels"]))
+    found = scored(torch.tensor(inputs["logits"]), torch.tensor(inputs["labels"]))
     mean = -found.loss
     return {
         "reference_weighted_mink": scores.weighted_min_k(found.logp, reference=True),
@@ -130,11 +111,9 @@ def _model_utility(inputs: Vector) -> Vector:
 
 
 def _perturbation_losses(inputs: Vector) -> Vector:
-    right = scores.token_scores(
-        torch.tensor(inputs["correct_logits"]), torch.tensor(inputs["correct_labels"])
-    )
+    right = scored(torch.tensor(inputs["correct_logits"]), torch.tensor(inputs["correct_labels"]))
     wrong = [
-        scores.token_scores(torch.tensor(logits), torch.tensor(labels))
+        scored(torch.tensor(logits), torch.tensor(labels))
         for logits, labels in zip(
             inputs["perturbed_logits"], inputs["perturbed_labels"], strict=True
         )
@@ -284,12 +263,10 @@ def _safeeraser_retain_rouge_gpt(inputs: Vector) -> Vector:
 
 ADAPTERS: dict[str, Callable[[Vector], Vector]] = {
     "aggregate_forget_quality": _aggregate_forget_quality,
-    "answer_only_loss": _answer_only_loss,
     "clear_forget_quality": _clear_forget_quality,
     "judge_score_parse": _judge_score_parse,
     "keyword_em_ape": _keyword_em_ape,
     "ks_forget_quality": _ks_forget_quality,
-    "label_mask": _label_mask,
     "mink": _mink,
     "mllmu_tasks": _mllmu_tasks,
     "mme": _mme,

@@ -33,13 +33,14 @@ from mmforget.testing.contract import (
 )
 from mmforget.testing.toys import ToyWorld
 from mmforget.types import Batch, Outputs, Splits
-from mmforget.vlm.adapter import VLMAdapter
+from mmforget.vlm import ENTRIES
+from mmforget.vlm.adapter import VLMAdapter, answer_logits, token_losses
 from mmforget.vlm.chat import IGNORED, Chat, Item
 from mmforget.vlm.data import Dialogues, check_images
-from mmforget.vlm.methods.base import answer_logits, shifted_labels, token_losses
+from mmforget.vlm.methods.base import shifted_labels
 from mmforget.vlm.methods.rmu import RMU, control_vector, down_projections
 from mmforget.vlm.models import VLM, Lora
-from tests.parity.vlm_losses import NAMES, Held
+from tests.parity.vlm_losses import Held
 from tests.vlm.families import DIM, build, picture
 
 torch.set_num_threads(1)
@@ -185,11 +186,11 @@ def rows(batch: Batch, found: Outputs) -> list[tuple[Tensor, list[int]]]:
     return kept
 
 
-METHODS.extend({name: target for name, target in NAMES.items() if name not in METHODS})
+NAMES = ENTRIES["methods"]
 
 CONTRACT: dict[str, tuple[str, dict[str, Any]]] = {
-    "idk": ("vlm/idk", PLAIN),
-    "dpo": ("vlm/dpo", PLAIN),
+    "idk": ("idk", PLAIN),
+    "dpo": ("dpo", PLAIN),
     "undial": ("vlm/undial", {**PLAIN, "retain_weight": 1.0}),
     "wga": ("vlm/wga", PLAIN),
     "satimp": ("vlm/satimp", {**PLAIN, "beta1": 0.5, "lr": 0.2}),
@@ -249,7 +250,7 @@ def test_contract_on_low_rank_adapters(key: str, made: Made, tmp_path: Path) -> 
 
 
 def test_every_method_has_metadata_and_serves_this_modality_alone() -> None:
-    suppressing = {"vlm/idk", "vlm/dpo", "vlm/pd", "vlm/idkpd"}
+    suppressing = {"vlm/pd", "vlm/idkpd"}
     for name in NAMES:
         cls = METHODS.get(name)
         assert cls.modalities == frozenset({"vlm"})
@@ -264,20 +265,20 @@ def test_every_method_has_metadata_and_serves_this_modality_alone() -> None:
 
 
 def test_idk_is_one_mean_over_the_tokens_of_both(made: Made) -> None:
-    one = ready(made, "vlm/idk")
+    one = ready(made, "idk")
     terms = one.terms()
     losses = {split: one.outputs(split).loss.sum().item() for split in ("forget", "retain")}
     counts = {s: (one.batches[s].data.targets != IGNORED).sum().item() for s in losses}
     total = sum(losses.values()) / sum(counts.values())
     assert close(sum(terms.values()), total)
-    two = ready(made, "vlm/idk", {"sum_of_means": True}).terms()
+    two = ready(made, "idk", {"sum_of_means": True}).terms()
     for split, value in two.items():
         assert close(value, losses[split] / counts[split])
     assert not close(sum(two.values()), total, 1e-2)
 
 
 def test_idk_learns_refusals_drawn_for_each_item(made: Made) -> None:
-    batch = ready(made, "vlm/idk").batches["forget"]
+    batch = ready(made, "idk").batches["forget"]
     told = [item.answer for item in batch.data.items]
     asked = [item.question for item in batch.data.items]
     original = made.world.splits.forget
@@ -292,7 +293,7 @@ def test_idk_learns_refusals_drawn_for_each_item(made: Made) -> None:
 
 
 def test_idk_makes_refusals_likely(made: Made) -> None:
-    model = run_case(Case("vlm/idk", {**PLAIN, "epochs": 4, "lr": 0.1}, made.world)).model
+    model = run_case(Case("idk", {**PLAIN, "epochs": 4, "lr": 0.1}, made.world)).model
     refusals = made.data([replace(i, answer=REFUSALS[0]) for i in items("forget", 8, made.images)])
 
     def loss(net: nn.Module) -> float:
@@ -308,15 +309,15 @@ def test_idk_makes_refusals_likely(made: Made) -> None:
 
 @pytest.mark.parametrize("beta", [0.1, 0.5])
 def test_dpo_of_identical_policies_is_the_log_of_two(beta: float, made: Made) -> None:
-    value = ready(made, "vlm/dpo", {"beta": beta}).terms("forget")["forget"]
+    value = ready(made, "dpo", {"beta": beta}).terms("forget")["forget"]
     assert close(value, 2 / beta * math.log(2))
-    plain = ready(made, "vlm/dpo", {"beta": beta, "standard": True}).terms("forget")["forget"]
+    plain = ready(made, "dpo", {"beta": beta, "standard": True}).terms("forget")["forget"]
     assert close(plain, math.log(2))
 
 
 def test_dpo_compares_log_ratios_of_whole_answers(made: Made) -> None:
     settings = {"beta": 0.3, "forget_weight": 0.5, "retain_weight": 2.0}
-    one = ready(made, "vlm/dpo", settings, scope="all")
+    one = ready(made, "dpo", settings, scope="all")
     forget, adapter = one.batches["forget"], made.adapter
     chosen = adapter.relabel(forget.data, forget.draws("relabel"))
     assert all(item.answer in REFUSALS for item in chosen.items)
@@ -339,7 +340,7 @@ def test_dpo_compares_log_ratios_of_whole_answers(made: Made) -> None:
 
 
 def test_dpo_raises_refusals_above_answers(made: Made) -> None:
-    case = Case("vlm/dpo", {**PLAIN, "epochs": 3, "retain_weight": 0.0}, made.world)
+    case = Case("dpo", {**PLAIN, "epochs": 3, "retain_weight": 0.0}, made.world)
     model = run_case(case).model.eval()
     true = items("forget", 8, made.images)
     margins = []

@@ -45,7 +45,7 @@ def test_persons_are_known_by_their_faces(pipeline: Pipeline) -> None:
     assert retrained["forget_quality"] > original["forget_quality"] + 0.5
 
 
-@pytest.mark.parametrize("method", ["grad_diff", "vlm/idk"])
+@pytest.mark.parametrize("method", ["grad_diff", "idk"])
 def test_methods_move_towards_the_retrained_model(pipeline: Pipeline, method: str) -> None:
     original, run = (made(pipeline, "fiubench", name) for name in ("original", method))
     assert run["gap"] < original["gap"] - 5

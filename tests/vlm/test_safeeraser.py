@@ -16,11 +16,11 @@ import torch
 import mmforget
 from mmforget.errors import ConfigError, DataError
 from mmforget.record import Cost, MetricValue, load_run
-from mmforget.types import ModelView, Subset, Trial
+from mmforget.types import ModelView, Trial
 from mmforget.vlm import page
 from mmforget.vlm.adapter import VLMAdapter
 from mmforget.vlm.benchmarks import safeeraser
-from mmforget.vlm.benchmarks.safeeraser import SafeEraser, _Both
+from mmforget.vlm.benchmarks.safeeraser import SafeEraser
 from mmforget.vlm.chat import Item
 from mmforget.vlm.judges import CHECK_ITEMS, NOT_JUDGED, JudgeError, JudgePrompt
 from mmforget.vlm.metrics.safeeraser import Judged, SafeEraserScores, judged
@@ -187,20 +187,6 @@ def test_notes_and_published_forms(place: Place) -> None:
     ):
         assert theirs.answer == ours.answer.capitalize()
     assert adapter.refusals == eraser(bench).files.idk != ()
-
-
-def test_two_data_sets_are_taken_as_one(place: Place) -> None:
-    splits = bench_of(place).splits
-    second = splits.streams["decouple"]
-    both = _Both(Subset(splits.train, [3, 1]), second)  # type: ignore[arg-type]
-    assert len(both) == 2 + len(second)
-    assert both.ids == [splits.train.ids[3], splits.train.ids[1], *second.ids]
-    order = [3, 0, 2, 1, len(both) - 1]
-    taken = both.take(order)
-    assert [item.id for item in taken.items] == [both.ids[k] for k in order]
-    assert taken.encoded[0].ids == second.take([1]).encoded[0].ids
-    assert taken.encoded[1].ids == splits.train.take([3]).encoded[0].ids
-    assert [i.id for i in both.take([2]).items] == [second.ids[0]]
 
 
 def test_originals_are_taught_the_harmless_images_too(
@@ -451,7 +437,7 @@ def test_samples_of_a_run_are_read_by_the_page(
 ) -> None:
     monkeypatch.setattr(safeeraser, "FALLEN", -1.0)
     words = place.crafts(
-        "method.inner.name=vlm/idk", "method.inner.epochs=1", "method.inner.lr=0.05",
+        "method.inner.name=idk", "method.inner.epochs=1", "method.inner.lr=0.05",
         "method.inner.optimizer=sgd", "method.inner.batch_size=8", "method.inner.scope=lora",
         "benchmark.lora.rank=4", "benchmark.answers=1",
     )  # fmt: skip
@@ -553,7 +539,7 @@ def test_a_missing_refusal_list_is_told_to_methods_that_need_one(
     (tmp_path / "crafts" / "prompt.json").unlink()
     words = place.crafts(f"data.root={tmp_path / 'crafts'}", "benchmark.answers=1")
     with pytest.raises(ConfigError, match=r"answers by refusals.*prompt\.json"):
-        mmforget.sweep(*words, "method=vlm/idk", runs=tmp_path / "runs", cache=tmp_path / "cache")
+        mmforget.sweep(*words, "method=idk", runs=tmp_path / "runs", cache=tmp_path / "cache")
 
 
 def test_records_of_another_layout_are_refused(place: Place, tmp_path: Path) -> None:

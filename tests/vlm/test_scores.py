@@ -14,6 +14,7 @@ from scipy.stats import ks_2samp
 
 from mmforget.errors import CollapsedError, ConfigError, DataError, MissingDependencyError
 from mmforget.vlm import scores, text_scores
+from mmforget.vlm.chat import IGNORED
 from mmforget.vlm.eraser_scores import (
     attack_success,
     label_in,
@@ -23,11 +24,8 @@ from mmforget.vlm.eraser_scores import (
     safe_answer_refusal,
 )
 from mmforget.vlm.scores import (
-    IGNORE,
-    PUBLISHED_FLOOR,
     Floor,
     TokenScores,
-    answer_losses,
     average_forget_quality,
     clear_forget_quality,
     exact_memorization,
@@ -37,7 +35,6 @@ from mmforget.vlm.scores import (
     harmonic_mean,
     inverse_arithmetic_ratio,
     ks_forget_quality,
-    label_mask,
     memorization_auc,
     min_k,
     model_utility,
@@ -48,7 +45,6 @@ from mmforget.vlm.scores import (
     probability,
     reference_loss,
     retain_truth_ratio,
-    token_scores,
     truth_probability,
     truth_ratio,
     weighted_min_k,
@@ -88,52 +84,24 @@ PUBLISHED = {
     "PO": (72.8, 33.6, 60.7, 90.6, 64.5, -4.70, 6.90, 64.2, 6.80, 76.0),
 }
 
+# Not printed anywhere: the log p that the published averages imply, to 0.15 %.
+IMPLIED = Floor(-26.1, ("FIUBench's own set of models, inferred",))
 LOREM = "The quick brown fox jumps over the lazy dog."
+
+
+def scored(logits: torch.Tensor, labels: torch.Tensor) -> TokenScores:
+    """Return scores of the labels [T] that are not -100; the logits [T, V] at t predict t + 1."""
+    places = (labels != IGNORED).nonzero().flatten()
+    return TokenScores.of(logits[places - 1], labels[places])
 
 
 def drawn(seed: int, *shape: int) -> torch.Tensor:
     return 3 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def test_the_mask_covers_the_prompt_and_nothing_else() -> None:
-    ids = torch.arange(10, 16)
-    assert label_mask(ids, 4).tolist() == [IGNORE] * 4 + [14, 15]
-    assert label_mask(ids, 4, reference=True).tolist() == [IGNORE] * 3 + [13, 14, 15]
-    assert ids.tolist() == list(range(10, 16))  # not written over
-    for prompt in (0, 6, 7):
-        with pytest.raises(DataError, match=f"a prompt of {prompt} tokens in a dialogue of 6"):
-            label_mask(ids, prompt)
-
-
-def test_answer_losses_count_answer_tokens_alone() -> None:
-    logits = torch.zeros(2, 6, 7)
-    labels = torch.full((2, 6), IGNORE)
-    labels[0, 2:], labels[1, 3] = 4, 5
-    logits[:, 0], logits[:, 5] = drawn(0, 2, 7), drawn(1, 2, 7)  # predict no answer token
-    logits[1, 2, 5] = math.log(3 * 6)  # p = 3/4
-    found = answer_losses(logits, labels)
-    assert found.tokens.tolist() == [4, 1]
-    right = -math.log(0.75)
-    assert found.summed.tolist() == pytest.approx([4 * math.log(7), right])
-    assert found.per_token.tolist() == pytest.approx([math.log(7), right])
-    assert float(found.token_mean) == pytest.approx((4 * math.log(7) + right) / 5)
-    assert float(found.sequence_mean) == pytest.approx((math.log(7) + right) / 2)
-    with pytest.raises(DataError, match=r"sequences \[1\] of the batch"):
-        answer_losses(logits, torch.where(labels == 5, IGNORE, labels))
-    with pytest.raises(DataError, match="do not fit"):
-        answer_losses(logits, labels[:, :5])
-
-
-def test_gradients_flow_from_answer_positions_alone() -> None:
-    logits = drawn(2, 1, 5, 4).requires_grad_()
-    answer_losses(logits, torch.tensor([[IGNORE, IGNORE, 1, 2, IGNORE]])).summed.sum().backward()
-    moved = logits.grad.abs().sum(dim=2)[0] > 0
-    assert moved.tolist() == [False, True, True, False, False]
-
-
 def test_token_scores_have_a_closed_form() -> None:
     logits = torch.tensor([[math.log(3), 0.0], [math.log(3), 0.0], [0.0, 9.0]])
-    found = token_scores(logits, torch.tensor([IGNORE, 0, 1]))
+    found = scored(logits, torch.tensor([IGNORED, 0, 1]))
     assert found.logp.tolist() == pytest.approx([math.log(0.75), math.log(0.25)])
     mean = 0.75 * math.log(0.75) + 0.25 * math.log(0.25)
     assert found.mean.tolist() == pytest.approx([mean, mean])
@@ -148,25 +116,22 @@ def test_token_scores_have_a_closed_form() -> None:
 
 def test_padding_and_prompt_are_not_scored() -> None:
     logits, ids = drawn(3, 9, 6), torch.tensor([0, 1, 2, 3, 4, 5])
-    labels = torch.cat([torch.full((2,), IGNORE), ids[:4], torch.full((3,), IGNORE)])
-    found = token_scores(logits, labels)
+    labels = torch.cat([torch.full((2,), IGNORED), ids[:4], torch.full((3,), IGNORED)])
+    found = scored(logits, labels)
     assert np.array_equal(found.logp, TokenScores.of(logits[1:5], ids[:4]).logp)
-    losses = answer_losses(logits[None], labels[None])
-    assert found.loss == pytest.approx(float(losses.per_token[0]))
     assert reference_loss(found.logp) == pytest.approx(float(-found.logp[1:].sum()) / 4)
     assert reference_loss([-2.0]) == 0.0  # the quirk: an answer of one token costs nothing
 
 
 def test_the_softmax_is_in_single_precision_at_least() -> None:
-    logits, labels = drawn(4, 4, 50), torch.tensor([IGNORE, 3, 4, 5])
+    logits, labels = drawn(4, 4, 50), torch.tensor([IGNORED, 3, 4, 5])
     half = logits.bfloat16()
-    assert np.array_equal(token_scores(half, labels).logp, token_scores(half.float(), labels).logp)
-    double = token_scores(logits.double(), labels).logp
-    assert np.abs(double - token_scores(logits, labels).logp).max() > 0
+    assert np.array_equal(scored(half, labels).logp, scored(half.float(), labels).logp)
+    double = scored(logits.double(), labels).logp
+    assert np.abs(double - scored(logits, labels).logp).max() > 0
     assert double == pytest.approx(
         logits.double().log_softmax(1)[range(3), labels[1:]].numpy(), rel=1e-14
     )
-    assert answer_losses(half[None], labels[None]).summed.dtype == torch.float32
 
 
 def test_degenerate_logits() -> None:
@@ -180,11 +145,9 @@ def test_degenerate_logits() -> None:
         with pytest.raises(CollapsedError, match="not finite"):
             TokenScores.of(bad, torch.tensor([0]))
     with pytest.raises(DataError, match="no answer tokens"):
-        token_scores(drawn(0, 3, 4), torch.full((3,), IGNORE))
-    with pytest.raises(DataError, match="first position"):
-        token_scores(drawn(0, 3, 4), torch.tensor([1, 2, 3]))
+        scored(drawn(0, 3, 4), torch.full((3,), IGNORED))
     with pytest.raises(DataError, match="do not fit"):
-        token_scores(drawn(0, 3, 4), torch.tensor([IGNORE, 1]))
+        TokenScores.of(drawn(0, 3, 4), torch.tensor([1, 2]))
 
 
 def test_truth_ratios_by_hand() -> None:
@@ -355,7 +318,7 @@ def test_the_paper_s_averages(name: str) -> None:
     rouge_l, gpt, ratio, acc, average, log_p, em, mia, ape, quality = PUBLISHED[name]
     parts = {"rouge": rouge_l, "gpt": gpt, "truth_ratio": ratio, "accuracy": acc}
     assert model_utility(parts).value == pytest.approx(average, abs=0.1)
-    found = average_forget_quality(log_p, em / 100, mia / 100, ape / 100, PUBLISHED_FLOOR)
+    found = average_forget_quality(log_p, em / 100, mia / 100, ape / 100, IMPLIED)
     assert 100 * found == pytest.approx(quality, abs=0.15)
 
 

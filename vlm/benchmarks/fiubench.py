@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
-from mmforget.errors import ConfigError
+from mmforget.errors import ConfigError, DataError
 from mmforget.options import option
 from mmforget.record import MetricValue, RunResult
 from mmforget.report.section import Section
@@ -68,6 +68,9 @@ class FIUData:
     seed: int = option(0, "which mini world is drawn", low=0)
     persons: int = option(48, "persons of the mini world; with 400 lists are as published", low=8)
     questions: int = option(10, "questions about each person of the mini world", low=1, high=20)
+    text_only: str | None = option(
+        None, "file of questions that name the person; null: made from the questions"
+    )
     repo: str = option(REPO, "data set id, for source=hub")
     revision: str | None = option(None, "its revision; null takes the newest")
 
@@ -125,7 +128,7 @@ class FIUConfig:
     floor: float | None = option(
         None,
         "natural log p that counts as nothing forgotten in forget_quality (-26.1: implied by the "
-        "published table); null: the least of original, retrained and this run",
+        "published table); null: the less of the original's and this run's",
         high=0,
     )
     judged: bool = option(True, "ask the judge about every answer")
@@ -258,8 +261,14 @@ class FIUBenchmark(VLMBenchmark):
         held = self.files
         nobody = sorted(set(self.other_faces()) - {person.image for person in held.persons})
         self.look_at(nobody)
-        lists = {**held.splits}
-        self._revision = self.data_revision(held.persons, lists, held.idk, held.icd, nobody)
+        lists = [
+            dict(held.splits),
+            held.idk,
+            held.icd,
+            nobody,
+            sorted(self.named_questions.items()),
+        ]
+        self._revision = self.data_revision(held.persons, *lists)
         self.adapter = self.make_adapter()
         places: dict[bool, list[int]] = {True: [], False: []}
         for index, item in enumerate(everyone):
@@ -296,6 +305,35 @@ class FIUBenchmark(VLMBenchmark):
     def fingerprint(self) -> Mapping[str, Any]:
         """Return data revision, window, quirks and model; after `splits`."""
         return {"data": self._revision, "model": dict(self.model_fingerprint())}
+
+    @cached_property
+    def named_questions(self) -> Mapping[tuple[str, str], str]:
+        """Questions that name the person, by id and original question, where a file holds them.
+
+        Raises:
+            DataError: It is not in the form of `formats.read_text_only`.
+        """
+        if self.data.text_only is None:
+            return {}
+        found = formats.read_text_only(Path(self.data.text_only).expanduser())
+        return {(each.id, each.original): each.question for each in found}
+
+    def named(self, person: Person, item: Item) -> str | None:
+        """Return a question with the name in place of the image, as a model is given it.
+
+        None where it asks for the name itself, speaks of nobody, or `text_only` is off. The file of
+        `data.text_only` comes first.
+        """
+        if not self.config.text_only or item.kind == "name":
+            return None
+        asked = person.qa[int(item.id.rpartition("/")[2])].question
+        text = self.named_questions.get((person.id, asked))
+        if text is None:
+            try:
+                text = formats.text_only_question(item.question, person.name)
+            except DataError:
+                return None
+        return text
 
     def refusals(self) -> Sequence[str]:
         """Return the refusals of prompt.json."""

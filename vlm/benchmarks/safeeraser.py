@@ -23,7 +23,6 @@ from mmforget.types import Dataset, Splits, Subset, Training, Trial
 from mmforget.vlm import formats, page, samples
 from mmforget.vlm.benchmarks.base import VLMBenchmark
 from mmforget.vlm.chat import Item, capitalised
-from mmforget.vlm.data import Dialogues
 from mmforget.vlm.formats import EraserRecord, SafeEraserFiles
 from mmforget.vlm.judges import JudgeConfig, check_labels
 from mmforget.vlm.models import Lora
@@ -222,7 +221,8 @@ class SafeEraser(VLMBenchmark):
         Published originals are not trained (`training.epochs=0`); a mini one that had never seen
         the harmless images would answer nothing about them, whatever is unlearned.
         """
-        return super().train(engine, model, _Both(data, self._decoupled), seed, state)
+        items = [*data.take(range(len(data))).items, *self._decoupled.items]
+        return super().train(engine, model, self.dialogues(items), seed, state)
 
     def fingerprint(self) -> Mapping[str, Any]:
         """Return data revision, window, quirks and model; after `splits`."""
@@ -292,29 +292,3 @@ class SafeEraser(VLMBenchmark):
             lambda f, s: mini.write_safeeraser(f, s, train=count, val=max(1, count // 3)),
             self.data.seed,
         )
-
-
-class _Both:
-    """Two data sets of dialogues, one behind the other."""
-
-    def __init__(self, first: Dataset, second: Dialogues) -> None:
-        self.parts = (first, second)
-        self.ids = [*first.ids, *second.ids]
-        self.digests = [*first.digests, *second.digests]
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def take(self, indices: Sequence[int]) -> Any:
-        """Return the raw batch of these examples, in this order."""
-        size = len(self.parts[0])
-        places: tuple[list[int], list[int]] = ([], [])
-        order = []
-        for index in indices:
-            part = int(index >= size)
-            order.append((part, len(places[part])))
-            places[part].append(index - size * part)
-        taken = [part.take(chosen) for part, chosen in zip(self.parts, places, strict=True)]
-        rows = [(taken[p].items[k], taken[p].encoded[k]) for p, k in order]
-        items, encoded = zip(*rows, strict=True)
-        return type(taken[0])(tuple(items), tuple(encoded))

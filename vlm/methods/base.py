@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from mmforget.context import Context
 from mmforget.options import option
-from mmforget.types import Outputs, Training
+from mmforget.types import Training
 from mmforget.vlm.adapter import Tokens, VLMAdapter
 from mmforget.vlm.chat import IGNORED
 
@@ -30,26 +30,6 @@ def adapter_of(ctx: Context) -> VLMAdapter:
     """Return the adapter, which methods of this modality ask for more than the core knows."""
     assert isinstance(ctx.adapter, VLMAdapter)
     return ctx.adapter
-
-
-def answer_logits(found: Outputs, data: Tokens) -> Tensor:
-    """Return the logits that predict each answer token, [B, A, V], whatever `pred` holds."""
-    if data.keep:
-        return found.pred
-    return found.pred.gather(1, data.at[:, :, None].expand(-1, -1, found.pred.shape[-1]))
-
-
-def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return -log p of each target, [B, A]; 0 behind the end of an answer.
-
-    Args:
-        logits: [B, A, V].
-        targets: [B, A]; -100 behind the end.
-    """
-    flat = F.cross_entropy(
-        logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
-    )
-    return flat.view(targets.shape)
 
 
 def cross_entropy(target: Tensor, logits: Tensor) -> Tensor:

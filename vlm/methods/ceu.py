@@ -13,8 +13,9 @@ from mmforget.errors import ConfigError
 from mmforget.methods.base import LossMethod
 from mmforget.options import option
 from mmforget.types import Batch, Pass
+from mmforget.vlm.adapter import answer_logits
 from mmforget.vlm.chat import IGNORED
-from mmforget.vlm.methods.base import LoraTraining, answer_logits, cross_entropy
+from mmforget.vlm.methods.base import LoraTraining, cross_entropy
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ class PromptDecouple(Wrapper[PromptDecoupleConfig]):
     reads: frozenset[str] = frozenset({"forget", "retain", STREAM})
     adds_reads: ClassVar[frozenset[str]] = frozenset({STREAM})
     modalities = frozenset({"vlm"})
-    inner_default: ClassVar[str] = "vlm/idk"
+    inner_default: ClassVar[str] = "idk"
     inner_settings: ClassVar[Mapping[str, Any]] = RECIPE
     intent: ClassVar[str] = "suppression"
     trains: ClassVar[str] = "weights in the inner method's `scope`"

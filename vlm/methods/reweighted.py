@@ -10,7 +10,8 @@ from mmforget.context import Context
 from mmforget.methods.base import LossMethod
 from mmforget.options import option
 from mmforget.types import Batch
-from mmforget.vlm.methods.base import LoraTraining, answer_logits, token_losses
+from mmforget.vlm.adapter import answer_logits, token_losses
+from mmforget.vlm.methods.base import LoraTraining
 
 
 @dataclass(frozen=True)

@@ -4,26 +4,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from accelerate.utils import gather_object
 
-from mmforget.errors import ConfigError, DataError
+from mmforget.errors import ConfigError
 from mmforget.metrics.signals import Floats
 from mmforget.types import Benchmark, ModelView, Trial
 from mmforget.vlm import models, scores
 from mmforget.vlm.benchmarks.fiubench import FIUBenchmark
 from mmforget.vlm.chat import Item
-from mmforget.vlm.formats import QA, Person, text_only_question
+from mmforget.vlm.formats import QA, Person
 from mmforget.vlm.generation import generate
 from mmforget.vlm.metrics.common import asked
 from mmforget.vlm.models import VLM
 from mmforget.vlm.scores import TokenScores
 from mmforget.vlm.scoring import Ask, score
 from mmforget.vlm.text_scores import ape_scores, em_keyword, keyword_scores, rouge_recalls
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -57,6 +55,12 @@ class Answered:
     named_said: str = ""
     named_right: TokenScores | None = None
     other_said: str | None = None
+
+    @property
+    def named_keywords(self) -> list[str]:
+        """Keywords that the question by name does not hold itself."""
+        asked = (self.named or "").lower()
+        return [word for word in self.qa.keywords if word.lower() not in asked]
 
 
 class Answers:
@@ -131,6 +135,16 @@ class Answers:
         return np.array([scores.weighted_min_k_pp(r.right, self.reference) for r in self.rows])
 
     @cached_property
+    def memorized(self) -> Floats:
+        """Share of the tokens of each true answer that are predicted first, [N]."""
+        return np.array([scores.exact_memorization(row.right.hit) for row in self.rows])
+
+    @cached_property
+    def extraction(self) -> Floats:
+        """Extraction strength of each true answer, [N]."""
+        return np.array([scores.extraction_strength(row.right.hit) for row in self.rows])
+
+    @cached_property
     def zlib(self) -> Floats:
         """Mean log-likelihood over the compressed length of each true answer, [N]."""
         found = [scores.zlib_ratio(-row.right.loss, row.item.answer) for row in self.rows]
@@ -147,12 +161,7 @@ class Answers:
 
         Keywords that are in the question itself (the name) do not count.
         """
-        found = []
-        for row in self.named:
-            asked = (row.named or "").lower()
-            words = [word for word in row.qa.keywords if word.lower() not in asked]
-            found.append(em_keyword(words, row.named_said))
-        return np.array(found)
+        return np.array([em_keyword(row.named_keywords, row.named_said) for row in self.named])
 
     @cached_property
     def named_mink(self) -> Floats:
@@ -240,7 +249,7 @@ def _ask(
         [item.answer, *bench.worded([qa.paraphrased_answer]), *qa.wrong]
         for _, (_, item, qa) in rows
     ]
-    named = [_named(item, person) if config.text_only else None for _, (person, item, _) in rows]
+    named = [bench.named(person, item) for _, (person, item, _) in rows]
     places = [k for k, question in enumerate(named) if question is not None]
     blind = [Ask(None, named[k] or "") for k in places]
     scored = score(
@@ -285,13 +294,3 @@ def _ask(
         )
     gathered = gather_object(found) if world > 1 else found
     return [row for _, row in sorted(gathered, key=lambda pair: int(pair[0]))]
-
-
-def _named(item: Item, person: Person) -> str | None:
-    """Return the question with the name in place of the image; None if it asks for the name."""
-    if item.kind == "name":
-        return None
-    try:
-        return text_only_question(item.question, person.name)
-    except DataError:
-        return None

@@ -8,7 +8,13 @@ from mmforget.vlm.benchmarks.fiubench import FIUBenchmark
 from mmforget.vlm.generation import generate
 from mmforget.vlm.models import VLM
 from mmforget.vlm.scoring import Ask
-from mmforget.vlm.text_scores import control_accuracy, mme_score, mme_totals, pope_score
+from mmforget.vlm.text_scores import (
+    control_accuracy,
+    mme_score,
+    mme_totals,
+    pope_score,
+    reference_pope,
+)
 
 TOKENS = 8  # of an answer that begins with yes or no
 
@@ -56,8 +62,12 @@ def _measured(view: ModelView, bench: FIUBenchmark) -> dict[str, float]:
 
     if bench.pope:
         told = say([Ask(question.image, question.text) for question in bench.pope])
-        score = pope_score([question.label for question in bench.pope], told, config.parser)
+        labels = [question.label for question in bench.pope]
+        score = pope_score(labels, told, config.parser)
         found |= {"pope": score.accuracy, "pope_f1": score.f1, "pope_yes": score.yes_ratio}
+        if bench.published:
+            script = reference_pope([question.text for question in bench.pope], labels, told)
+            found |= {"pope_printed": script.printed, "pope_returned": script.returned}
     if bench.mme:
         images = bench.mme
         told = say([Ask(row.image, text) for row in images for text in row.questions])

@@ -28,6 +28,8 @@ class FIUBenchScores(Metric):
       mean min(R, 1/R). `em/forget`, `ape`: keywords in answers, and to reworded questions.
       `answered/forget`: answers that hold every keyword.
     - `mink`, `minkpp`, `zlib`: membership scores of true answers; no attack's success.
+      `memorized`, `extraction`: tokens predicted first, and the share of an answer that follows
+      from its beginning (open-unlearning's exact memorisation and extraction strength).
     - `ks_log_p`: NATURAL log of the p-value of a KS test of R against the retained model's; 0 is
       best. `ks_p`, `ks_statistic`.
     - `forget_quality`: 0.5 KS~ + 0.15 (1 - EM) + 0.2 (1 - MIA) + 0.15 (1 - APE); its note names the
@@ -76,6 +78,8 @@ def _forget(view: ModelView, bench: FIUBenchmark) -> dict[str, MetricValue]:
         "ape": mean(table.ape, "to_reference", note),
         "mink": mean(table.mink, "to_reference", "a score, not an attack's success"),
         "minkpp": mean(table.minkpp, "to_reference", "weighted exp of Min-K%++ scores"),
+        "memorized": mean(table.memorized, "to_reference", "tokens predicted first, of answers"),
+        "extraction": mean(table.extraction, "to_reference", "share of an answer extracted"),
         "zlib": mean(table.zlib, "to_reference", "mean log-likelihood / compressed bytes"),
         "loss/forget": mean(table.right, "to_reference", "nats a token"),
     }

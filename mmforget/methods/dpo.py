@@ -1,4 +1,4 @@
-"""Direct preference optimisation (DPO): a refusal is preferred to the true answer."""
+"""Direct preference optimisation (DPO): a wrong target (a refusal) is preferred to the true one."""
 
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -8,17 +8,18 @@ from torch.nn import functional as F
 
 from mmforget.context import Context
 from mmforget.methods.base import LossMethod
+from mmforget.methods.npo import loss_before
 from mmforget.options import option
-from mmforget.types import Batch
-from mmforget.vlm.methods.base import LoraTraining
+from mmforget.types import Batch, Training
 
 
 @dataclass(frozen=True)
-class DPOConfig(LoraTraining):
+class DPOConfig(Training):
     """Defaults of open-unlearning for TOFU: beta 0.1, 10 epochs, batches of 32."""
 
     epochs: int = option(10, "passes over the forget set", low=0)
-    lr: float = option(1e-5, "learning rate (published for all weights; adapters bear more)", low=0)
+    lr: float = option(1e-5, "learning rate", low=0)
+    optimizer: str = option("adamw", "optimiser", choices=("sgd", "adam", "adamw"))
     batch_size: int = option(32, "examples in an effective batch", low=1)
     beta: float = option(0.1, "inverse temperature", low=1e-6)
     standard: bool = option(
@@ -29,23 +30,22 @@ class DPOConfig(LoraTraining):
 
 
 class DPO(LossMethod[DPOConfig]):
-    """Minimise -(2/β)·mean log σ(β·(r(refusal) - r(answer))) on D_f, and the loss on D_r.
+    """Minimise -(2/β)·mean log σ(β·(r(wrong) - r(true))) on D_f, and the loss on D_r.
 
-    r = log p_θ - log p_original, summed over the tokens of an answer. A refusal is drawn for each
-    question anew in every step.
+    r = log p_θ - log p_original of a target, summed over its units. The wrong target (a refusal,
+    another class) is drawn for each example anew in every step.
     """
 
     reads: frozenset[str] = frozenset({"forget", "retain"})
-    modalities = frozenset({"vlm"})
     intent: ClassVar[str] = "suppression"
-    holds: ClassVar[str] = "the original's losses on forget, and the original for drawn refusals"
+    holds: ClassVar[str] = "the original, and its losses on forget where these are not drawn"
     citation: ClassVar[str] = (
         "Rafailov et al., Direct Preference Optimization, NeurIPS 2023; TOFU, arXiv 2401.06121"
     )
     config_type: ClassVar[type] = DPOConfig
 
     def setup(self, ctx: Context) -> None:
-        """Keep the original, and what it makes of the true answers."""
+        """Keep the original, and what it makes of the true targets."""
         self.original = ctx.frozen_copy()
         self.before = ctx.start_losses("forget")
 
@@ -61,12 +61,10 @@ class DPO(LossMethod[DPOConfig]):
 
     def _prefer(self, ctx: Context, forget: Batch) -> Tensor:
         config = self.config
-        assert self.before is not None  # the same tokens and pixels every time
-        refused = ctx.adapter.relabel(forget.data, forget.draws("relabel"))
-        chosen = replace(forget, data=refused, units=ctx.adapter.units(refused))
-        original = ctx.forward(chosen, self.original).loss
-        gain = original - ctx.forward(chosen).loss
+        wrong = ctx.adapter.relabel(forget.data, forget.draws("relabel"))
+        chosen = replace(forget, data=wrong, units=ctx.adapter.units(wrong))
+        gain = ctx.forward(chosen, self.original).loss - ctx.forward(chosen).loss
         rejected = ctx.forward(forget).loss
-        gain = gain + rejected - rejected.new_tensor([self.before[i] for i in forget.ids])
-        push = -F.logsigmoid(config.beta * gain)
+        before = loss_before(ctx, forget, rejected, self.before, self.original)
+        push = -F.logsigmoid(config.beta * (gain + rejected - before))
         return ctx.mean(push if config.standard else 2.0 / config.beta * push, forget)
