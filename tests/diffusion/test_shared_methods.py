@@ -27,6 +27,8 @@ CASES: dict[str, tuple[dict[str, Any], int, int]] = {
     "random_label": ({**STEPS, "epochs": 1}, 0, 0),
     "npo": ({**STEPS, "ratio": "mean"}, 1, 0),
     "simnpo": ({**STEPS, "beta": 1.0, "retain_weight": 0.0}, 1, 0),
+    "dpo": ({**STEPS, "retain_weight": 0.0}, 1, 0),
+    "idk": ({**STEPS, "epochs": 1}, 0, 0),
     "scrub": ({**STEPS, "forget_batch_size": 4, "retain_batch_size": 4}, 0, -1),
     "bad_teacher": (STEPS, 0, 0),
     "l1_sparse": (STEPS, 0, -1),
