@@ -9,10 +9,12 @@ than once, whatever the number of texts.
 
 import inspect
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
@@ -22,6 +24,8 @@ from mmforget.vlm.models import VLM
 CROSS = "cross_attention_mask"  # what Llama 3.2 reads along the tokens
 
 T = TypeVar("T")
+Integers = NDArray[np.int64]
+Booleans = NDArray[np.bool_]
 
 
 class Unshared(Exception):
@@ -31,38 +35,57 @@ class Unshared(Exception):
 class Tree:
     """Rows of tokens, every distinct beginning once.
 
+    Nodes are numbered along the rows in sorted order, so what is behind a node follows it: the
+    nodes from it to its `ends`.
+
+    Args:
+        rows: Tokens of each row, at least one.
+        first: From which place on the logits of each row are needed.
+
     Attributes:
-        ids: Token of each node; parents come before children.
-        parents: Parent of each node; -1: the prefix.
-        depth: How many tokens stand between it and the prefix.
-        wanted: Whether its logits are needed.
+        ids: Token of each node, [N].
+        depth: How many tokens stand between it and the prefix, [N].
+        ends: The first node that is neither itself nor behind it, [N].
+        wanted: Whether its logits are needed, bool [N].
         paths: Nodes of each row's tokens.
     """
 
-    def __init__(self) -> None:
-        self.ids: list[int] = []
-        self.parents: list[int] = []
-        self.depth: list[int] = []
-        self.wanted: list[bool] = []
-        self.paths: list[list[int]] = []
-        self._nodes: dict[tuple[int, int], int] = {}
+    def __init__(self, rows: Sequence[Sequence[int]], first: Sequence[int]) -> None:
+        order = sorted(range(len(rows)), key=rows.__getitem__)
+        new, real, tokens = _aligned([rows[k] for k in order])
+        self.ids: Integers = tokens[new]
+        self.depth: Integers = np.nonzero(new)[1]
+        before = new.sum(1).cumsum()  # nodes up to each row's end
+        nodes = np.where(new, new.cumsum().reshape(new.shape) - 1, 0)
+        nodes = np.maximum.accumulate(nodes, axis=0)
+        # What is behind a node ends with the first later row that does not begin as this one does.
+        starts = np.where(real & ~new, before[-1], (before - new.sum(1))[:, None])
+        starts = np.minimum.accumulate(starts[::-1], axis=0)[::-1]
+        last = np.full_like(starts[:1], before[-1])
+        self.ends: Integers = np.concatenate([starts[1:], last])[new]
+        self.wanted: Booleans = np.zeros(len(self.ids), dtype=np.bool_)
+        firsts = np.array([first[k] for k in order])
+        self.wanted[nodes[real & (np.arange(real.shape[1]) >= firsts[:, None])]] = True
+        lengths = real.sum(1).tolist()
+        found = {k: path[:size] for k, path, size in zip(order, nodes, lengths, strict=True)}
+        self.paths: list[Integers] = [found[k] for k in range(len(rows))]
 
-    def add(self, row: Sequence[int], first: int) -> None:
-        """Add a row, whose logits are needed from place `first` on."""
-        node, path = -1, []
-        for place, token in enumerate(row):
-            key = (node, token)
-            child = self._nodes.get(key)
-            if child is None:
-                child = self._nodes[key] = len(self.ids)
-                self.ids.append(token)
-                self.parents.append(node)
-                self.depth.append(place)
-                self.wanted.append(False)
-            self.wanted[child] |= place >= first
-            path.append(child)
-            node = child
-        self.paths.append(path)
+
+def added(rows: Sequence[Sequence[int]]) -> Integers:
+    """Return how many nodes each of sorted rows adds to a tree of those before it, [R]."""
+    return _aligned(rows)[0].sum(1)
+
+
+def _aligned(rows: Sequence[Sequence[int]]) -> tuple[Booleans, Booleans, Integers]:
+    """Return which tokens of sorted rows are new, which places are filled, and tokens, [R, L]."""
+    lengths = np.array([len(row) for row in rows])
+    real = np.arange(lengths.max()) < lengths[:, None]
+    tokens = np.full(real.shape, -1, dtype=np.int64)
+    tokens[real] = np.fromiter(chain.from_iterable(rows), np.int64, int(lengths.sum()))
+    new = real.copy()
+    same = np.logical_and.accumulate(tokens[1:] == tokens[:-1], axis=1)
+    new[1:] &= ~same
+    return new, real, tokens
 
 
 class Forest(NamedTuple):
@@ -71,15 +94,17 @@ class Forest(NamedTuple):
     Attributes:
         ids: [B, S]; nodes whose logits are needed stand at the end.
         depth: [B, S].
-        own: Which tokens of a tree each of its tokens sees, bool [B, S, S]; itself among them.
+        nodes: Number of the node that stands at a place, [B, S]; of its own where none does.
+        ends: `Tree.ends` of it, [B, S].
         slots: Place of each node, for each tree.
         keep: Last places whose logits are needed.
     """
 
     ids: Tensor
     depth: Tensor
-    own: Tensor
-    slots: list[list[int]]
+    nodes: Tensor
+    ends: Tensor
+    slots: list[Integers]
     keep: int
 
     @property
@@ -87,34 +112,35 @@ class Forest(NamedTuple):
         """Places of a row."""
         return self.ids.shape[1]
 
-    def logit(self, b: int, node: int) -> int:
-        """Return where the logits of a node stand among those of all trees."""
-        return b * self.keep + self.slots[b][node] - (self.length - self.keep)
+    def own(self, device: torch.device) -> Tensor:
+        """Return which places of a tree each place sees, itself among them, bool [B, S, S]."""
+        nodes, ends = self.nodes.to(device), self.ends.to(device)
+        at = nodes[:, :, None]
+        return (nodes[:, None] <= at) & (at < ends[:, None])
+
+    def logit(self, b: int, nodes: Integers) -> Integers:
+        """Return where the logits of nodes stand among those of all trees."""
+        return b * self.keep + self.slots[b][nodes] - (self.length - self.keep)
 
 
 def lay(trees: Sequence[Tree], pad: int) -> Forest:
     """Return trees as a batch."""
-    keep = max(sum(tree.wanted) for tree in trees)
+    keep = max(int(tree.wanted.sum()) for tree in trees)
     length = max(len(tree.ids) for tree in trees)
     ids = np.full((len(trees), length), pad, dtype=np.int64)
     depth = np.zeros_like(ids)
-    own = np.zeros((len(trees), length, length), dtype=np.bool_)
-    own[:, np.arange(length), np.arange(length)] = True  # a row that sees nothing would be NaN
-    slots: list[list[int]] = []
+    nodes = np.broadcast_to(np.arange(length) + length, ids.shape).copy()
+    ends = nodes + 1  # a place without a node sees itself: one that sees nothing would be NaN
+    slots: list[Integers] = []
     for b, tree in enumerate(trees):
-        front, back = 0, length - sum(tree.wanted)
-        places = []
-        for node, wanted in enumerate(tree.wanted):
-            place = back if wanted else front
-            back, front = back + wanted, front + (not wanted)
-            places.append(place)
-            parent = tree.parents[node]
-            if parent >= 0:
-                own[b, place] |= own[b, places[parent]]
-        ids[b, places], depth[b, places] = tree.ids, tree.depth
-        slots.append(places)
-    made = [torch.from_numpy(each) for each in (ids, depth, own)]
-    return Forest(made[0], made[1], made[2], slots, keep)
+        order = np.argsort(tree.wanted, kind="stable")
+        places = np.arange(len(order))
+        places[len(order) - int(tree.wanted.sum()) :] += length - len(order)
+        ids[b, places], depth[b, places] = tree.ids[order], tree.depth[order]
+        nodes[b, places], ends[b, places] = order, tree.ends[order]
+        slots.append(places[np.argsort(order, kind="stable")])
+    made = [torch.from_numpy(each) for each in (ids, depth, nodes, ends)]
+    return Forest(made[0], made[1], made[2], made[3], slots, keep)
 
 
 class Prefixes:
@@ -226,7 +252,11 @@ class Branches:
     def __init__(self, prefixes: Prefixes, which: Sequence[int], room: int) -> None:
         self.model = prefixes.model
         chosen = torch.tensor(which, device=self.model.device)
-        self.attention, self.spatial = prefixes.attention, prefixes.spatial
+        self.spatial = prefixes.spatial
+        # Eager attention adds its mask. So does a CPU's sdpa, after making it anew in every layer.
+        single = next(self.model.parameters()).dtype == torch.float32
+        single &= self.model.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+        self.adds = prefixes.attention == "eager" or single
         self.following = prefixes.following[chosen]
         self.real = prefixes.real[chosen]
         self.cross = None if prefixes.cross is None else prefixes.cross[chosen]
@@ -245,7 +275,7 @@ class Branches:
     def seen(self, forest: Forest) -> Tensor:
         """Return what tokens of first trees see, bool [B, S, P + S]: prefix and ancestors."""
         before = self.real[:, None, :].expand(-1, forest.length, -1)
-        return torch.cat([before, forest.own.to(before.device)], dim=2)
+        return torch.cat([before, forest.own(before.device)], dim=2)
 
     def forward(self, forest: Forest, seen: Tensor, keep: int) -> Tensor:
         """Add trees, and return the logits of their last `keep` places, [B, keep, V]."""
@@ -265,7 +295,7 @@ class Branches:
         if self.spatial:
             positions = positions.expand(3, -1, -1)
         mask = seen[:, None]
-        if self.attention == "eager":  # which adds its mask
+        if self.adds:
             mask = torch.zeros(mask.shape, device=mask.device).masked_fill_(
                 ~mask, torch.finfo(torch.float32).min
             )

@@ -271,11 +271,8 @@ def _generate_shared(
         for part in packed(units, [len(unit) for _, unit in units], batch_size):
             trees = []
             for place, unit in part:
-                tree, length = Tree(), lot[place].length
-                for job in unit:
-                    ids = rows[job.ask].ids[length:]
-                    tree.add(ids, len(ids) - 1)
-                trees.append(tree)
+                rest = [rows[job.ask].ids[lot[place].length :] for job in unit]
+                trees.append(Tree(rest, [len(ids) - 1 for ids in rest]))
             places = [place for place, _ in part]
             for job, ids in _grow(
                 prefixes, places, trees, [unit for _, unit in part], rule, chat
@@ -323,14 +320,14 @@ def _grow(
     # write behind all rows.
     filled = [[*unit, *([unit[0]] * (width - len(unit)))] for unit in units]
     last = [
-        [tree.paths[unit.index(job)][-1] for job in slots]
+        [int(tree.paths[unit.index(job)][-1]) for job in slots]
         for tree, unit, slots in zip(trees, units, filled, strict=True)
     ]
     at = torch.tensor(
-        [[forest.slots[b][node] for node in nodes] for b, nodes in enumerate(last)], device=device
+        [forest.slots[b][nodes].tolist() for b, nodes in enumerate(last)], device=device
     )
     depth = torch.tensor(
-        [[tree.depth[node] + 1 for node in nodes] for tree, nodes in zip(trees, last, strict=True)],
+        [(tree.depth[nodes] + 1).tolist() for tree, nodes in zip(trees, last, strict=True)],
         device=device,
     )
     owner = torch.tensor([[row[job] for job in slots] for slots in filled], device=device)

@@ -13,6 +13,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -22,7 +23,17 @@ import torch
 from torch import Tensor
 
 from mmforget.errors import ConfigError, DataError
-from mmforget.vlm.branches import CROSS, Branches, Prefixes, Tree, Unshared, lay, packed
+from mmforget.vlm.branches import (
+    CROSS,
+    Branches,
+    Integers,
+    Prefixes,
+    Tree,
+    Unshared,
+    added,
+    lay,
+    packed,
+)
 from mmforget.vlm.chat import Chat, Encoded, Item
 from mmforget.vlm.models import VLM
 from mmforget.vlm.scores import TokenScores
@@ -179,7 +190,7 @@ def _score_plain(
         keep = length - min(row.start for row in rows) + 1
         logits = model.logits(inputs, keep)
         places = [
-            [b * keep + place - 1 - (length - keep) for place in range(row.start, len(row.ids))]
+            b * keep - 1 - (length - keep) + np.arange(row.start, len(row.ids))
             for b, row in enumerate(rows)
         ]
         tokens = [row.ids[row.start :] for row in rows]
@@ -221,33 +232,49 @@ def _score_shared(
                     row = jobs[k]
                     nodes = path[len(path) - (len(row.ids) - row.start) :]
                     batch.append(k)
-                    places.append([forest.logit(b, node) for node in nodes])
+                    places.append(forest.logit(b, nodes))
                     tokens.append(row.ids[row.start :])
             found |= zip(batch, _scores(logits, places, tokens), strict=True)
     return found
 
 
 def _scores(
-    logits: Tensor, places: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]]
+    logits: Tensor, places: Sequence[Integers], tokens: Sequence[Sequence[int]]
 ) -> list[TokenScores]:
     """Return scores of rows of tokens by the logits [B, K, V] at places in their first two axes."""
     flat = logits.flatten(0, 1)
-    index = torch.tensor([place for row in places for place in row], device=logits.device)
-    wanted = torch.tensor([token for row in tokens for token in row], device=logits.device)
-    size = max(1, HEAD.get(logits.device.type, 1 << 22) // logits.shape[-1])
-    parts = [
-        TokenScores.of(flat[index[first : first + size]], wanted[first : first + size])
-        for first in range(0, len(index), size)
-    ]
+    index = np.concatenate(places)
+    order = np.argsort(index, kind="stable")  # of several tokens at a place, it is computed once
+    wanted = np.fromiter(chain.from_iterable(tokens), np.int64, len(index))[order]
+    distinct, at = np.unique(index[order], return_inverse=True)
+    size = max(1, HEAD.get(flat.device.type, 1 << 22) // flat.shape[-1])
+    parts = []
+    for first in range(0, len(distinct), size):
+        chosen = distinct[first : first + size]
+        start, stop = np.searchsorted(at, (first, first + size))
+        parts.append(
+            TokenScores.of(
+                _rows(flat, chosen),
+                torch.from_numpy(wanted[start:stop]).to(flat.device),
+                torch.from_numpy(at[start:stop] - first).to(flat.device),
+            )
+        )
+    back = np.argsort(order, kind="stable")
     columns = [
-        np.concatenate([getattr(part, name) for part in parts])
+        np.concatenate([getattr(part, name) for part in parts])[back]
         for name in ("logp", "mean", "sigma", "hit")
     ]
-    ends = np.cumsum([len(row) for row in tokens])[:-1]
-    return [
-        TokenScores(*each)
-        for each in zip(*(np.split(column, ends) for column in columns), strict=True)
-    ]
+    ends = np.cumsum([len(row) for row in tokens]).tolist()
+    spans = [slice(a, b) for a, b in pairwise([0, *ends])]
+    return [TokenScores(*(column[span] for column in columns)) for span in spans]
+
+
+def _rows(values: Tensor, chosen: Integers) -> Tensor:
+    """Return sorted rows of values; not copied where they follow each other."""
+    first, last = int(chosen[0]), int(chosen[-1])
+    if last - first + 1 == len(chosen):
+        return values[first : last + 1]
+    return values[torch.from_numpy(chosen).to(values.device)]
 
 
 class Group(NamedTuple):
@@ -357,19 +384,16 @@ def _trees(
     group: Group, jobs: dict[int, Encoded], batch_size: int
 ) -> Iterator[tuple[list[int], Tree]]:
     """Yield the rows of a group in trees of equal size, as near as may be, with their keys."""
-    whole, marks = Tree(), [0]
-    for k in group.rows:
-        whole.add(jobs[k].ids[group.length : -1], 0)
-        marks.append(len(whole.ids))
-    parts = max(1, round(marks[-1] / max(TREE, SPREAD * group.length)))
-    rows, tree, made = [], Tree(), 1
-    for place, k in enumerate(group.rows):
-        row = jobs[k]
-        tree.add(row.ids[group.length : -1], row.start - 1 - group.length)
-        rows.append(k)
-        middle = (marks[place] + marks[place + 1]) / 2  # as near with this row as without it
-        if middle * parts >= marks[-1] * made or len(rows) == batch_size:
-            yield rows, tree
-            rows, tree, made = [], Tree(), made + 1
-    if rows:
-        yield rows, tree
+    rest = {k: jobs[k].ids[group.length : -1] for k in group.rows}
+    order = sorted(group.rows, key=rest.__getitem__)
+    marks = added([rest[k] for k in order]).cumsum()
+    parts = max(1, round(int(marks[-1]) / max(TREE, SPREAD * group.length)))
+    # A row belongs where the middle of what it adds falls.
+    middles = marks - np.diff(marks, prepend=0) / 2
+    part = np.minimum(middles * parts // marks[-1], parts - 1)
+    cuts = [0, *(np.nonzero(np.diff(part))[0] + 1).tolist(), len(order)]
+    for start, stop in pairwise(cuts):
+        for first in range(start, stop, batch_size):
+            rows = order[first : min(first + batch_size, stop)]
+            firsts = [jobs[k].start - 1 - group.length for k in rows]
+            yield rows, Tree([rest[k] for k in rows], firsts)

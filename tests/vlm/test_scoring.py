@@ -14,7 +14,7 @@ from torch import nn
 
 from mmforget.errors import CollapsedError, ConfigError, DataError
 from mmforget.vlm import branches, scoring
-from mmforget.vlm.branches import Tree, lay, packed
+from mmforget.vlm.branches import Tree, added, lay, packed
 from mmforget.vlm.chat import Chat, Item
 from mmforget.vlm.models import VLM, Lora
 from mmforget.vlm.scores import TokenScores
@@ -210,29 +210,31 @@ def test_many_rows_are_cut_into_trees(images: list[Path], monkeypatch: pytest.Mo
 
 
 def test_a_tree_holds_each_beginning_once() -> None:
-    tree, other = Tree(), Tree()
-    for row in ([7, 8, 9], [7, 8, 5, 6], [4]):
-        tree.add(row, len(row) - 1)
-    other.add([3, 3], 0)
-    assert tree.ids == [7, 8, 9, 5, 6, 4] and tree.parents == [-1, 0, 1, 1, 3, -1]
-    assert tree.depth == [0, 1, 2, 2, 3, 0] and tree.paths == [[0, 1, 2], [0, 1, 3, 4], [5]]
-    assert tree.wanted == [False, False, True, False, True, True]
+    rows = [[7, 8, 9], [7, 8, 5, 6], [4]]
+    tree, other = Tree(rows, [2, 3, 0]), Tree([[3, 3]], [0])
+    # In sorted order: 4 | 7 8 5 6 | 9.
+    assert tree.ids.tolist() == [4, 7, 8, 5, 6, 9]
+    assert tree.depth.tolist() == [0, 0, 1, 2, 3, 2]
+    assert tree.ends.tolist() == [1, 6, 6, 5, 5, 6]
+    assert [path.tolist() for path in tree.paths] == [[1, 2, 5], [1, 2, 3, 4], [0]]
+    assert tree.wanted.tolist() == [True, False, False, False, True, True]
     forest = lay([tree, other], pad=1)
-    # Wanted nodes stand last: 7 8 5 | 9 6 4, and of the other tree 1 1 1 1 | 3 3.
-    assert forest.ids.tolist() == [[7, 8, 5, 9, 6, 4], [1, 1, 1, 1, 3, 3]]
-    assert forest.depth.tolist() == [[0, 1, 2, 2, 3, 0], [0, 0, 0, 0, 0, 1]]
+    # Wanted nodes stand last: 7 8 5 | 4 6 9, and of the other tree 1 1 1 1 | 3 3.
+    assert forest.ids.tolist() == [[7, 8, 5, 4, 6, 9], [1, 1, 1, 1, 3, 3]]
+    assert forest.depth.tolist() == [[0, 1, 2, 0, 3, 2], [0, 0, 0, 0, 0, 1]]
     assert forest.keep == 3 and forest.length == 6
-    assert [forest.logit(0, node) for node in (2, 4, 5)] == [0, 1, 2]
-    assert [forest.logit(1, node) for node in (0, 1)] == [4, 5]
-    assert forest.own[0].int().tolist() == [
+    assert forest.logit(0, np.array([0, 4, 5])).tolist() == [0, 1, 2]
+    assert forest.logit(1, np.array([0, 1])).tolist() == [4, 5]
+    own = forest.own(torch.device("cpu")).int()
+    assert own[0].tolist() == [
         [1, 0, 0, 0, 0, 0],
         [1, 1, 0, 0, 0, 0],
         [1, 1, 1, 0, 0, 0],
-        [1, 1, 0, 1, 0, 0],
+        [0, 0, 0, 1, 0, 0],
         [1, 1, 1, 0, 1, 0],
-        [0, 0, 0, 0, 0, 1],
+        [1, 1, 0, 0, 0, 1],
     ]
-    assert forest.own[1].int().tolist() == [
+    assert own[1].tolist() == [
         [1, 0, 0, 0, 0, 0],
         [0, 1, 0, 0, 0, 0],
         [0, 0, 1, 0, 0, 0],
@@ -240,6 +242,7 @@ def test_a_tree_holds_each_beginning_once() -> None:
         [0, 0, 0, 0, 1, 0],
         [0, 0, 0, 0, 1, 1],
     ]
+    assert added([[4], [7, 8, 5, 6], [7, 8, 9], [7, 8, 9]]).tolist() == [1, 4, 1, 0]
     assert list(packed("abcd", [2, 2, 9, 1], 4)) == [["a", "b"], ["c"], ["d"]]
     assert list(packed([], [], 4)) == []
 
