@@ -50,8 +50,8 @@ class Tree:
         paths: Nodes of each row's tokens.
     """
 
-    def __init__(self, rows: Sequence[Sequence[int]], first: Sequence[int]) -> None:
-        order = sorted(range(len(rows)), key=rows.__getitem__)
+    def __init__(self, rows: Sequence[list[int]], first: Sequence[int]) -> None:
+        order = sorted(range(len(rows)), key=lambda k: rows[k])
         new, real, tokens = _aligned([rows[k] for k in order])
         self.ids: Integers = tokens[new]
         self.depth: Integers = np.nonzero(new)[1]
@@ -73,7 +73,8 @@ class Tree:
 
 def added(rows: Sequence[Sequence[int]]) -> Integers:
     """Return how many nodes each of sorted rows adds to a tree of those before it, [R]."""
-    return _aligned(rows)[0].sum(1)
+    counts: Integers = _aligned(rows)[0].sum(1)
+    return counts
 
 
 def _aligned(rows: Sequence[Sequence[int]]) -> tuple[Booleans, Booleans, Integers]:

@@ -21,6 +21,11 @@ class Part(NamedTuple):
     retain: Batch | None = None
     extra: Batch | None = None
 
+    def sides(self) -> "list[Part]":
+        """Return each batch as a part of its own."""
+        found = [Part(forget=self.forget), Part(retain=self.retain), Part(extra=self.extra)]
+        return [part for part in found if any(part)]
+
 
 class LossMethod(UnlearningMethod[ConfigT]):
     """A method that minimises a loss with an optimiser.
@@ -29,11 +34,17 @@ class LossMethod(UnlearningMethod[ConfigT]):
     `setup`, then for every epoch and every pass of `passes` and every step: `backward` (which
     calls `loss`), `after_backward`, the optimiser, `after_step`; `after_epoch`; and last `finish`.
 
-    The contract of `loss`: forget or retain may be None, and then their terms are left out. A
-    term's name begins with the split it acts on (`forget`, `retain`), or with neither if it acts on
-    weights; wrappers such as SAM tell terms apart by that. Terms are already scaled by
-    `ctx.mean` and the like, so that their sum over micro-batches is the loss.
+    The contract of `loss`: forget or retain may be None, and then their terms are left out; the
+    shared `backward` asks for one side at a time. A term's name begins with the split it acts on
+    (`forget`, `retain`), or with neither if it acts on weights; wrappers such as SAM tell terms
+    apart by that. Terms are already scaled by `ctx.mean` and the like, so that their sum over
+    micro-batches is the loss.
+
+    Attributes:
+        coupled: A term needs the forget and the retain batch of a step at once.
     """
+
+    coupled: ClassVar[bool] = False
 
     @property
     def training(self) -> Training:
@@ -65,11 +76,13 @@ class LossMethod(UnlearningMethod[ConfigT]):
     def backward(self, ctx: Context, parts: Sequence[Part]) -> dict[str, Tensor]:
         """Accumulate the gradient of one optimiser step; return the terms' values for the log."""
         logged: dict[str, Tensor] = {}
-        for part in parts:
-            terms = self.terms(ctx, part)
-            if terms:
-                ctx.engine.accelerator.backward(torch.stack(list(terms.values())).sum())
-            add_terms(logged, terms)
+        for whole in parts:
+            # One graph at a time: activations are most of the memory.
+            for part in [whole] if self.coupled else whole.sides():
+                terms = self.terms(ctx, part)
+                if terms:
+                    ctx.engine.accelerator.backward(torch.stack(list(terms.values())).sum())
+                add_terms(logged, terms)
         return logged
 
     def after_backward(self, ctx: Context) -> None:

@@ -45,10 +45,7 @@ class SAM(Wrapper[SAMConfig]):
         logged: dict[str, Tensor] = {}
         rise = [torch.zeros_like(weight) for weight in weights]
         for whole in parts:
-            split = [Part(forget=whole.forget), Part(retain=whole.retain), Part(extra=whole.extra)]
-            for part in split:
-                if not any(part):
-                    continue
+            for part in whole.sides():
                 terms = self.inner.terms(ctx, part)
                 push, rest = _split(terms)
                 if push is not None:

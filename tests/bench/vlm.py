@@ -8,27 +8,29 @@ share weights, texts and batches and run by turns in one process; each figure is
 several. Texts are in tokens and images in pixels on both sides before the clock starts (`encode_s`
 is what that takes, once), although the public scripts do both anew for every pair.
 
-Peak memory of NPO is that of a process of its own for each side, less what it held before there was
-a model. `--size mini` is the mini world's model, `mid` a LLaVA of some 150 M random weights (for
+A step of NPO is what a run of twice the epochs takes longer, by their number: setting up, and what
+is kept of the original, are in the run alone. Peak memory is in bytes of tensors, the model's own
+among them. `--size mini` is the mini world's model, `mid` a LLaVA of some 150 M random weights (for
 memory on a CPU), `7b` one of LLaVA-1.5-7B's size in bfloat16 (for a GPU).
 """
 
 import argparse
 import copy
 import json
+import math
 import platform
-import resource
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
 
 from mmforget.context import Context
 from mmforget.engine import Engine, Runtime
@@ -89,6 +91,7 @@ SIZES = {
 }
 WINDOW = 2048  # tokens, for the larger sizes
 BETA, LR = 0.1, 1e-4
+SIDES = ("plain", "ours")
 
 
 class World(NamedTuple):
@@ -254,7 +257,6 @@ def our_npo(
 def compare(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Return all figures."""
     size = SIZES[given.size]
-    runtime = Runtime(device=given.device, threads=given.threads, progress=False)
     world = open_world(given, folder)
     model, batch = world.model, given.batch
     found: dict[str, Any] = {
@@ -292,53 +294,65 @@ def compare(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
         pairs = list(zip(made["plain"], made["ours"], strict=True))
         found["share of equal answers"] = sum(one == two for one, two in pairs) / len(pairs)
         found["words of an answer"] = sum(len(one.split()) for one, _ in pairs) / len(pairs)
-    if "npo" in given.parts:
-        lora = Lora(rank=given.rank, alpha=2.0 * given.rank, dropout=0.0)
+    if {"npo", "memory"} & set(given.parts):
         for name, retain in (("npo", False), ("npo with retain term", True)):
-            rest = (world, lora, size.npo[1], given.epochs, retain)
-            seconds, _ = best(
-                {
-                    "plain": lambda rest=rest: (plain_npo(copy.deepcopy(model), *rest), None),
-                    "ours": lambda rest=rest: (our_npo(copy.deepcopy(model), *rest, runtime), None),
-                },
-                given.repeats,
-            )
-            found[f"{name}_s"] = {**seconds, "ours/plain": 1 / seconds["ratio"]}
-    if "memory" in given.parts:
-        del world, model
-        for name, retain in (("npo", False), ("npo with retain term", True)):
-            peaks = {side: measured(given, folder, side, retain) for side in ("plain", "ours")}
-            found[f"{name}, peak_MiB"] = {**peaks, "ours/plain": peaks["ours"] / peaks["plain"]}
+            found |= {f"{name}, {k}": v for k, v in unlearning(given, world, retain).items()}
     return found
 
 
-def measured(given: argparse.Namespace, folder: Path, side: str, retain: bool) -> float:
-    """Return the peak of one side in MiB, in a process of its own."""
-    words = [sys.executable, "-m", "tests.bench.vlm", "--measure", side, "--folder", str(folder)]
-    words += ["--retain"] * retain
-    for name in ("size", "device", "threads", "rank"):
-        words += [f"--{name}", str(getattr(given, name))]
-    done = subprocess.run(words, check=True, capture_output=True, text=True)
-    return float(done.stdout.strip().splitlines()[-1])
-
-
-def peak(given: argparse.Namespace) -> float:
-    """Run NPO on one side for an epoch; return the most memory it held at once, MiB."""
-    size, folder = SIZES[given.size], Path(given.folder)
+def unlearning(given: argparse.Namespace, world: World, retain: bool) -> dict[str, Any]:
+    """Return figures of NPO: seconds of a run and of a step, and peak memory."""
     runtime = Runtime(device=given.device, threads=given.threads, progress=False)
-    Engine(runtime)  # what it loads is no model's
-    with Path("/proc/self/statm").open() as lines:
-        before = int(lines.read().split()[1]) * resource.getpagesize()
-    world = open_world(given, folder / given.measure)
     lora = Lora(rank=given.rank, alpha=2.0 * given.rank, dropout=0.0)
-    rest = (world, lora, size.npo[1], 1, given.retain)
-    if given.measure == "plain":
-        plain_npo(world.model, *rest)
-    else:
-        our_npo(world.model, *rest, runtime)
-    if given.device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated() / 2**20
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / 2**20
+    examples, batch = SIZES[given.size].npo
+    found: dict[str, Any] = {}
+
+    def run(side: str, model: VLM, epochs: int) -> float:
+        if side == "plain":
+            return plain_npo(model, world, lora, batch, epochs, retain)
+        return our_npo(model, world, lora, batch, epochs, retain, runtime)
+
+    def fresh(side: str, epochs: int) -> tuple[float, None]:
+        return run(side, copy.deepcopy(world.model), epochs), None
+
+    if "npo" in given.parts:
+        short, long = (
+            best({side: partial(fresh, side, epochs) for side in SIDES}, given.repeats)[0]
+            for epochs in (given.epochs, 2 * given.epochs)
+        )
+        steps = given.epochs * math.ceil(examples / batch)
+        found["run_s"] = _compared({side: short[side] for side in SIDES})
+        found["step_s"] = _compared({side: (long[side] - short[side]) / steps for side in SIDES})
+    if "memory" in given.parts:
+        peaks = {}
+        for side in SIDES:
+            model = copy.deepcopy(world.model)
+            peaks[side] = peak(partial(run, side, model, 1), model)
+        found["peak_MiB"] = _compared(peaks)
+    return found
+
+
+def _compared(values: dict[str, float]) -> dict[str, float]:
+    return {**values, "ours/plain": values["ours"] / values["plain"]}
+
+
+def peak(work: Callable[[], Any], model: VLM) -> float:
+    """Return the most bytes of tensors held at once during some work, MiB; the model among them.
+
+    On a CPU the allocator's events are summed, as its own peak also holds code and buffers.
+    """
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    if model.device.type == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        work()
+        return (torch.cuda.max_memory_allocated() - before + weights) / 2**20
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        work()
+    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
+    return (max(held) + weights) / 2**20
 
 
 def best(
@@ -393,22 +407,14 @@ def main() -> None:
         choices=("loss", "generation", "npo", "memory"),
         default=("loss", "generation", "npo", "memory"),
     )
-    parser.add_argument("--measure", choices=("plain", "ours"), help=argparse.SUPPRESS)
-    parser.add_argument("--retain", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--folder", help=argparse.SUPPRESS)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    if given.measure:
-        print(peak(given))
-        return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for part in ("", "plain", "ours"):
-            mini.write_fiubench(folder / part / "world", 0, persons=20, questions=10)
+        mini.write_fiubench(folder / "world", 0, persons=20, questions=10)
         found = compare(given, folder)
     machine = {"machine": platform.processor() or platform.machine(), "torch": torch.__version__}
-    settings = {k: v for k, v in vars(given).items() if k not in ("measure", "retain", "folder")}
-    print(json.dumps({**machine, **settings, **found}, indent=1))
+    print(json.dumps({**machine, **vars(given), **found}, indent=1))
 
 
 if __name__ == "__main__":

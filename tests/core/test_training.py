@@ -326,12 +326,17 @@ class Beside(LossMethod[Training]):
         more = {"relabel": True, "together": True, "extra": "beside", "aligned": self.aligned}
         return (Pass("joint", anchor="forget", partner="retain", **more),)
 
+    def backward(self, ctx, parts):
+        self.seen += parts
+        return super().backward(ctx, parts)
+
     def loss(self, ctx, forget, retain):
-        self.seen += [(forget, retain)]
+        assert forget is None or retain is None  # a graph at a time
+        if forget is None:
+            return {}
         return {"forget": ctx.unit_mean(ctx.forward(forget).loss, forget)}
 
     def extra_loss(self, ctx, extra):
-        self.seen[-1] += (extra,)
         return {"beside": ctx.unit_mean(ctx.forward(extra).loss, extra)}
 
 

@@ -95,10 +95,10 @@ def test_points_are_states_of_the_sampler(family: str) -> None:
         alone = denoise(
             model, noise[row], text.rows(row), model.unconditional(), SHORT, stop=stop.step
         )
-        torch.testing.assert_close(latents[None], alone, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(latents[None], alone, rtol=1e-3, atol=1e-4)
         assert t == times[stop.step]
     one = points(model, text, noise, stops, replace(SHORT, batch_size=1), "step")
-    torch.testing.assert_close(one.latents, found.latents, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(one.latents, found.latents, rtol=1e-3, atol=1e-4)
 
 
 def test_paths_that_ended_cost_nothing() -> None:

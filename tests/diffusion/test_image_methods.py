@@ -167,10 +167,12 @@ class Watched(Relabel):
         self.seen: list[tuple[set[str], set[str]]] = []
         self.noise: list[float] = []
 
-    def loss(self, ctx: Context, forget: Any, retain: Any) -> dict[str, Tensor]:
-        self.seen.append((set(forget.ids), set(retain.ids)))
-        self.noise.append(float(forget.data.noise.sum()))
-        return super().loss(ctx, forget, retain)
+    def backward(self, ctx: Context, parts: Sequence[Part]) -> dict[str, Tensor]:
+        for forget, retain, _ in parts:
+            assert forget is not None and retain is not None
+            self.seen.append((set(forget.ids), set(retain.ids)))
+            self.noise.append(float(forget.data.noise.sum()))
+        return super().backward(ctx, parts)
 
 
 def test_every_step_meets_other_images_by_default_and_the_first_rows_by_reference() -> None:
@@ -342,10 +344,13 @@ class Traced(EraseDiff):
         self.trace: list[tuple[int, str, list[Tensor]]] = []
 
     def loss(self, ctx: Context, forget: Any, retain: Any) -> dict[str, Tensor]:
-        weights = [w.detach().clone() for w in ctx.trainable.values()]
-        self.trace.append((ctx.epoch, ctx.phase, weights))
+        if forget is not None:  # the first side of a step
+            weights = [w.detach().clone() for w in ctx.trainable.values()]
+            self.trace.append((ctx.epoch, ctx.phase, weights))
+        else:
+            assert not ctx.phase.startswith("inner")
         terms = super().loss(ctx, forget, retain)
-        assert set(terms) == ({"forget"} if ctx.phase.startswith("inner") else {"forget", "retain"})
+        assert set(terms) == ({"forget"} if retain is None else {"retain"})
         return terms
 
 

@@ -69,6 +69,7 @@ class UNSIR(LossMethod[UNSIRConfig]):
         "Tarun et al., Fast Yet Effective Machine Unlearning, TNNLS 2023, arXiv 2111.08947; "
         "variant `outputs`: Choi & Na, arXiv 2311.02240"
     )
+    coupled: ClassVar[bool] = True  # noise made for forget takes the place of retain images
     config_type: ClassVar[type] = UNSIRConfig
 
     def __init__(self, config: UNSIRConfig) -> None:
