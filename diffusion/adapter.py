@@ -1,6 +1,6 @@
 """What loss methods may ask of a text-to-image model."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -133,6 +133,10 @@ class DiffusionAdapter:
     def frozen(self, model: nn.Module, trainable: Mapping[str, nn.Parameter]) -> nn.Module:
         """Return a copy."""
         return frozen_copy(model)
+
+    def shards(self, model: nn.Module) -> Sequence[nn.Module] | None:
+        """Return None: methods reach into the denoiser's and the text encoders' layers."""
+        return None
 
     def parameters(self, model: nn.Module, scope: str) -> dict[str, nn.Parameter]:
         """Return the parameters of a scope; see `scopes.parameters`."""

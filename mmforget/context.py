@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mmforget.engine import Engine, epoch_order
 from mmforget.errors import SplitError
-from mmforget.types import Adapter, Batch, Dataset, Outputs, Splits
+from mmforget.types import Adapter, Batch, Dataset, Outputs, Splits, frozen_copy
 
 
 class Context:
@@ -35,6 +35,7 @@ class Context:
         step: Index of the running optimiser step, from 0.
         steps: Number of optimiser steps of the run.
         trainable: Parameters in scope, by name.
+        references: What `frozen_copy` returned so far.
     """
 
     def __init__(
@@ -62,6 +63,8 @@ class Context:
         self.step = 0
         self.steps = 0
         self.trainable: dict[str, nn.Parameter] = {}
+        self.references: list[nn.Module] = []
+        self._stand_ins: Mapping[int, nn.Module] = {}
         self._called: nn.Module = model
         if engine.runtime.compile:
             self._called = torch.compile(model)  # type: ignore[assignment]
@@ -110,7 +113,11 @@ class Context:
             if model is None:
                 return self.adapter.forward(self._called, batch.data)
             with torch.no_grad():
-                return self.adapter.forward(model, batch.data)
+                return self.adapter.forward(self.actual(model), batch.data)
+
+    def actual(self, model: nn.Module | None) -> nn.Module:
+        """Return the module to run for a model: the trained one for None; see `use`."""
+        return self.model if model is None else self._stand_ins.get(id(model), model)
 
     def mean(self, values: Tensor, batch: Batch) -> Tensor:
         """Return the mean over the examples of the effective batch, [B] -> scalar.
@@ -132,7 +139,28 @@ class Context:
 
         A copy, or less where the modality can do with less (`Adapter.frozen`).
         """
-        return self.adapter.frozen(self.model, self.trainable)
+        made = self.adapter.frozen(self.model, self.trainable)
+        if self.engine.runtime.fsdp != "no" and self.adapter.shards(made) is None:
+            made = frozen_copy(self.model)
+        self.references.append(made)
+        return made
+
+    def use(
+        self,
+        model: nn.Module,
+        trainable: dict[str, nn.Parameter],
+        stand_ins: Mapping[int, nn.Module],
+    ) -> None:
+        """Work on another form of the model: one whose weights are cut over processes, or back.
+
+        Args:
+            model: Takes the model's place.
+            trainable: Its parameters in scope.
+            stand_ins: What takes the place of a reference, by its `id`.
+        """
+        self.model = self._called = model
+        self.trainable = trainable
+        self._stand_ins = stand_ins
 
     def start_losses(self, split: str) -> Mapping[str, float] | None:
         """Return the loss of every example under the model as it is now, by id.

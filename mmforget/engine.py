@@ -61,6 +61,12 @@ class Runtime:
     threads: int | None = option(None, "CPU threads; null takes torch's choice", low=1)
     channels_last: bool = option(True, "store 4-d weights channels-last")
     compile: bool = option(False, "torch.compile the trained model")
+    fsdp: str = option(
+        "no",
+        "cut weights, gradients and optimiser state over processes while training (FSDP2): full; "
+        "gradients keeps weights whole between forward and backward pass",
+        choices=("no", "full", "gradients"),
+    )
     checkpoint_every_s: float = option(30.0, "seconds between step checkpoints", low=0)
     log_every: int = option(10, "optimiser steps between logged losses", low=1)
     progress: bool = option(True, "draw progress bars on a terminal's stderr")
@@ -86,11 +92,13 @@ class Engine:
         if self.accelerator.distributed_type not in SUPPORTED:
             raise ConfigError(
                 f"launched as {self.accelerator.distributed_type.value}; supported are one process "
-                f"and several on CPU or GPU (accelerate launch --num_processes N)"
+                f"and several on CPU or GPU (accelerate launch --multi_gpu --num_processes N, or "
+                f"torchrun). Weights are cut over them by runtime=fsdp, not by the launcher"
             )
         self.device = self.accelerator.device
         self.rank = self.accelerator.process_index
         self.world = self.accelerator.num_processes
+        _check_shard(self.runtime, self.world)
         self.events: Path | None = None
         self.meter = Meter(self.device)
 
@@ -103,6 +111,14 @@ class Engine:
         """Wait for all processes."""
         if self.world > 1:
             self.accelerator.wait_for_everyone()
+
+    def agree(self, asked: bool) -> bool:
+        """Return whether any process asks for it, on every process."""
+        if self.world == 1:
+            return asked
+        count = torch.tensor([float(asked)], device=self.device)
+        self.reduce_sum([count])
+        return bool(count.item())
 
     def share(self, value: Any) -> Any:
         """Return the main process's value on every process."""
@@ -328,7 +344,11 @@ class Engine:
         modes = [(module, module.training) for module in model.modules()]
         model.eval()
         mine = starts[self.rank :: self.world]
-        with torch.inference_mode():
+        cut = self.world > 1 and self.runtime.fsdp != "no"
+        idle = -(-len(starts) // self.world) - len(mine) if cut else 0
+        mine += starts[:1] * idle  # where weights are cut, all processes go on together
+        # What inference mode gathers of them could not be trained on.
+        with torch.no_grad() if cut else torch.inference_mode():
             rows = [list(range(s, min(s + size, len(dataset)))) for s in mine]
             for start, chunk, raw in zip(mine, rows, ahead(dataset, rows), strict=True):
                 stop = start + len(chunk)
@@ -337,6 +357,7 @@ class Engine:
                 with self.autocast():
                     numbers = adapter.record(model, data)
                 local.append((start, {k: v.cpu().numpy() for k, v in numbers.items()}))
+        local = local[: len(mine) - idle]
         for module, mode in modes:  # not model.train(): it would wake frozen batch norms
             module.training = mode
         parts = gather_object(local) if self.world > 1 else local
@@ -473,6 +494,21 @@ def _resident(reset: bool = False) -> int:
 
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _check_shard(runtime: Runtime, world: int) -> None:
+    given = f"runtime.fsdp={runtime.fsdp}"
+    if runtime.fsdp == "no":
+        return
+    if world == 1:
+        raise ConfigError(
+            f"{given} with one process: there is nothing to cut. Start several "
+            f"(torchrun --nproc_per_node N -m mmforget run ...), or set runtime.fsdp=no"
+        )
+    if runtime.precision == "fp16":
+        raise ConfigError(f"{given} with fp16: its loss scaling needs whole gradients; take bf16")
+    if runtime.compile:
+        raise ConfigError(f"{given} with runtime.compile=true: set one of them to its default")
 
 
 def _accelerator(runtime: Runtime, log_dir: Path | None) -> Accelerator:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from mmforget.checkpoint import load_state, pack, save_state, unpack
 from mmforget.context import Context
@@ -20,6 +21,7 @@ from mmforget.engine import Engine, epoch_order
 from mmforget.errors import CollapsedError, ConfigError
 from mmforget.methods.base import LossMethod, Part
 from mmforget.progress import progress
+from mmforget.sharding import check_sharding, gathered, like, sharded
 from mmforget.types import Adapter, Batch, Dataset, Pass, Splits, Training
 
 logger = logging.getLogger(__name__)
@@ -110,13 +112,13 @@ def optimise(ctx: Context, method: LossMethod[Any]) -> nn.Module:
     Raises:
         CollapsedError: The loss became NaN or infinite.
     """
-    config, engine = method.training, ctx.engine
+    config = method.training
+    check_sharding(ctx, method)
     ctx.epochs = config.epochs
     ctx.phase = "setup"
     ctx.model.eval()
     ctx.scope(config.scope)
     method.setup(ctx)
-    parameters = list(ctx.trainable.values())  # set-up may have changed the model and its scope
     counts = [count_steps(ctx, method, epoch) for epoch in range(config.epochs)]
     total = sum(counts)
     if config.max_steps is not None:
@@ -124,8 +126,33 @@ def optimise(ctx: Context, method: LossMethod[Any]) -> nn.Module:
     ctx.steps = total
     if total == 0:
         return method.finish(ctx)
+    found = _found(ctx, method)
+    with sharded(ctx):
+        _steps(ctx, method, counts, total, found)
+    ctx.model.eval()
+    return method.finish(ctx)
+
+
+def _steps(
+    ctx: Context,
+    method: LossMethod[Any],
+    counts: Sequence[int],
+    total: int,
+    found: dict[str, Any] | None,
+) -> None:
+    """Take the steps of a run.
+
+    Args:
+        ctx: The run.
+        method: The method.
+        counts: Steps of each epoch.
+        total: Steps of the run.
+        found: State of its step checkpoint, if it has one.
+    """
+    config, engine = method.training, ctx.engine
+    parameters = list(ctx.trainable.values())
     optimizer = engine.prepare(make_optimizer(config, parameters))
-    done = _resume(ctx, method, optimizer)
+    done = _resume(ctx, method, optimizer, found)
     log = StepLog(engine)
     saved = time.monotonic()
     shown = engine.is_main and engine.runtime.progress
@@ -166,16 +193,15 @@ def optimise(ctx: Context, method: LossMethod[Any]) -> nn.Module:
                     logger.info("stopped after step %d: method.stop_below", total)
                     engine.log(total, {"stopped": 1.0})
                     break
-                due = time.monotonic() - saved > engine.runtime.checkpoint_every_s
                 # Only once all losses so far were written, and found finite.
-                if method.resume is not None and due and not log.waiting:
-                    _save(ctx, method, optimizer)
-                    saved = time.monotonic()
+                if method.resume is not None and not log.waiting:
+                    due = time.monotonic() - saved > engine.runtime.checkpoint_every_s
+                    if engine.agree(due):
+                        _save(ctx, method, optimizer)
+                        saved = time.monotonic()
             if total < ctx.steps:
                 break
             first += count
-    ctx.model.eval()
-    return method.finish(ctx)
 
 
 def _stops(below: float | None, terms: dict[str, Tensor], engine: Engine) -> bool:
@@ -302,6 +328,8 @@ def _loaded(ctx: Context, todo: Sequence[Step]) -> Iterator[tuple[Step, list[Par
 def make_optimizer(config: Training, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
     """Return the optimiser of a config, in its fused form where the device has one."""
     fused = {p.device.type for p in parameters} <= {"cpu", "cuda"}
+    if config.optimizer == "sgd":  # torch has no fused one for weights that are cut
+        fused = fused and not any(isinstance(p, DTensor) for p in parameters)
     common: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": fused}
     if config.optimizer == "sgd":
         return torch.optim.SGD(parameters, momentum=config.momentum, **common)
@@ -373,7 +401,7 @@ class StepLog:
 
 
 def _reduce(engine: Engine, parameters: Sequence[nn.Parameter]) -> None:
-    if engine.world == 1:
+    if engine.world == 1 or engine.runtime.fsdp != "no":  # cut gradients are summed already
         return
     # A collective needs the same tensors on every process; weights that none of them used stay
     # without a gradient, as on one process, or weight decay and momentum would move them.
@@ -387,34 +415,40 @@ def _reduce(engine: Engine, parameters: Sequence[nn.Parameter]) -> None:
 
 
 def _save(ctx: Context, method: LossMethod[Any], optimizer: torch.optim.Optimizer) -> None:
+    assert method.resume is not None
+    weights = gathered({"model": ctx.model.state_dict(), "optimizer": optimizer.state_dict()})
     if not ctx.engine.is_main:
         return
-    assert method.resume is not None
-    tensors, skeleton = pack(
-        {
-            "model": ctx.model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "method": method.state(),
-            "step": ctx.step,
-            "cost": ctx.engine.meter.state(),
-        }
-    )
+    rest = {"method": method.state(), "step": ctx.step, "cost": ctx.engine.meter.state()}
+    tensors, skeleton = pack({**weights, **rest})
     save_state(method.resume, tensors, {"skeleton": skeleton})
 
 
-def _resume(ctx: Context, method: LossMethod[Any], optimizer: torch.optim.Optimizer) -> int:
-    """Load the step checkpoint, if there is one; return the steps already done."""
+def _found(ctx: Context, method: LossMethod[Any]) -> dict[str, Any] | None:
+    """Return the state of the step checkpoint, if there is one; the model gets its weights back."""
     found = load_state(method.resume) if method.resume is not None else None
     if found is None:
-        return 0
+        return None
     tensors, scalars = found
-    state = unpack(tensors, scalars["skeleton"])
-    ctx.model.load_state_dict(state["model"])
+    state: dict[str, Any] = unpack(tensors, scalars["skeleton"])
+    ctx.model.load_state_dict(state.pop("model"))
+    return state
+
+
+def _resume(
+    ctx: Context,
+    method: LossMethod[Any],
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any] | None,
+) -> int:
+    """Take back the rest of a step checkpoint; return the steps already done."""
+    if state is None:
+        return 0
     optimizer.load_state_dict(state["optimizer"])
     for weight, kept in optimizer.state.items():  # an update needs the memory layout of its weight
         for key, value in kept.items():
             if isinstance(value, Tensor) and value.shape == weight.shape:
-                kept[key] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
+                kept[key] = like(value, weight)
     method.load_state(state["method"])
     ctx.engine.meter.load_state(state["cost"])
     ctx.engine.rewind_log(state["step"])

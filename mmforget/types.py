@@ -155,6 +155,15 @@ class Adapter(Protocol):
         """
         ...
 
+    def shards(self, model: nn.Module) -> Sequence[nn.Module] | None:
+        """Return the modules whose weights may be cut over processes: `Runtime.fsdp`.
+
+        Each is run by calling it, as often on every process, and together they hold all weights.
+        None: `forward` reaches into the model, or puts its weights in and out; none at all: what
+        `frozen` returned has no weights of its own.
+        """
+        ...
+
     def parameters(self, model: nn.Module, scope: str) -> dict[str, nn.Parameter]:
         """Return the parameters of a scope: "all", "head", a modality's own name, or a regex.
 

@@ -1,7 +1,7 @@
 """What loss methods may ask of a recommender: pairs, sampled negatives, and their scores."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -83,6 +83,10 @@ class RankingAdapter:
     def frozen(self, model: nn.Module, trainable: Mapping[str, nn.Parameter]) -> nn.Module:
         """Return a copy."""
         return frozen_copy(model)
+
+    def shards(self, model: nn.Module) -> Sequence[nn.Module] | None:
+        """Return None: scores are looked up in tables of the model."""
+        return None
 
     def parameters(self, model: nn.Module, scope: str) -> dict[str, nn.Parameter]:
         """Return parameters by scope: all, head (item table), users, items, or a regex (fullmatch).

@@ -1,7 +1,7 @@
 """What loss methods may ask of a face classifier, with one label or several attributes."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -110,6 +110,10 @@ class FaceAdapter:
     def frozen(self, model: nn.Module, trainable: Mapping[str, nn.Parameter]) -> nn.Module:
         """Return a copy."""
         return frozen_copy(model)
+
+    def shards(self, model: nn.Module) -> Sequence[nn.Module] | None:
+        """Return the model: it is called as a whole."""
+        return (model,)
 
     def parameters(self, model: nn.Module, scope: str) -> dict[str, nn.Parameter]:
         """Return parameters by scope: all, head, last_k:N (last N blocks), or a regex (fullmatch).

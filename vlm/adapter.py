@@ -137,7 +137,7 @@ class VLMAdapter:
         if isinstance(model, Frozen):
             with model.as_was() as before:
                 return self.forward(before, data)
-        logits = _vlm(model).logits(data.inputs, data.keep)
+        logits = _able(model, data).logits(data.inputs, data.keep)
         picked = data.predicting(logits)
         loss = token_losses(picked, data.targets).sum(1)
         counts = data.targets != IGNORED
@@ -184,6 +184,12 @@ class VLMAdapter:
         """Return the model as it is now: adapters off, or the trained weights alone kept."""
         return Frozen(_vlm(model), trainable)
 
+    def shards(self, model: nn.Module) -> Sequence[nn.Module] | None:
+        """Return the transformers model, which is what is called."""
+        if isinstance(model, Frozen):
+            return None if model.swaps else ()
+        return (_vlm(model).net,)
+
     def parameters(self, model: nn.Module, scope: str) -> dict[str, nn.Parameter]:
         """Return the parameters of a scope; see `VLM.scope`."""
         return _vlm(model).scope(scope, self.lora)
@@ -197,7 +203,7 @@ class VLMAdapter:
         if isinstance(model, Frozen):
             with model.as_was() as before:
                 return self.hidden(before, data, layer)
-        return _vlm(model).hidden(data.inputs, layer)
+        return _able(model, data).hidden(data.inputs, layer)
 
     def record(self, model: nn.Module, data: Tokens) -> dict[str, Tensor]:
         """Return of each answer its loss, its number of tokens, and the share predicted first."""
@@ -225,6 +231,19 @@ def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
         logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
     )
     return flat.view(targets.shape)
+
+
+def _able(model: nn.Module, data: Tokens) -> VLM:
+    """Return the model, if it can run a batch.
+
+    Raises:
+        ConfigError: Its weights are cut over processes, and an item has no image: without one the
+            tower is not called, and processes that call it would wait for ever.
+    """
+    found = _vlm(model)
+    if found.sharded and not bool((data.inputs["input_ids"] == data.image_token).any(1).all()):
+        raise ConfigError("runtime.fsdp needs an image in every item: set runtime.fsdp=no")
+    return found
 
 
 def _vlm(model: nn.Module) -> VLM:

@@ -20,6 +20,7 @@ from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from mmforget.checkpoint import load_model
 from mmforget.errors import CheckpointError, ConfigError
@@ -171,7 +172,10 @@ class VLM(nn.Module):
             def leave(module: nn.Module, args: Any, output: Any) -> None:
                 found[:] = [output[0] if isinstance(output, tuple) else output]
                 if module is layers[layer]:
-                    raise _Reached
+                    for handle in handles:
+                        handle.remove()
+                    if not self.sharded:  # left half-way, gathered weights would stay so
+                        raise _Reached
 
             # Layers below are heard too: one of cross-attention is left out where no image is.
             handles = [each.register_forward_hook(leave) for each in layers[: layer + 1]]
@@ -185,6 +189,11 @@ class VLM(nn.Module):
             return found[0]
 
         return _apart(inputs, run)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether its weights are cut over processes."""
+        return isinstance(self.net, FSDPModule)
 
     def parts(self) -> dict[str, dict[str, nn.Parameter]]:
         """Return the parameters by part: `vision`, `projector`, `language`, `head`.
@@ -422,6 +431,11 @@ class Frozen(nn.Module):
         self._kept: list[Tensor] | None = None
         if not model.fresh_adapters(trainable):
             self._kept = [weight.detach().clone() for weight in self._weights]
+
+    @property
+    def swaps(self) -> bool:
+        """Whether weights are put in and out, for lack of adapters to switch off."""
+        return self._kept is not None
 
     @contextmanager
     def as_was(self) -> Iterator[VLM]:

@@ -73,6 +73,10 @@ class PointAdapter:
         """Return a copy: a model this small has nothing cheaper."""
         return frozen_copy(model)
 
+    def shards(self, model: nn.Module) -> Sequence[nn.Module] | None:
+        """Return the model: it is called as a whole."""
+        return (model,)
+
     def parameters(self, model: nn.Module, scope: str) -> dict[str, nn.Parameter]:
         """Return all weights, or those of the last layer."""
         if scope not in ("all", "head"):

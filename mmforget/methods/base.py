@@ -42,9 +42,12 @@ class LossMethod(UnlearningMethod[ConfigT]):
 
     Attributes:
         coupled: A term needs the forget and the retain batch of a step at once.
+        whole: Weights or gradients are read or changed here, so that they cannot be cut over
+            processes (`Runtime.fsdp`).
     """
 
     coupled: ClassVar[bool] = False
+    whole: bool = False
 
     @property
     def training(self) -> Training:
@@ -134,6 +137,7 @@ class Wrapper(LossMethod[ConfigT]):
         name = section.pop("name", self.inner_default)
         self.inner = make_loss_method(name, section, "method.inner")
         self.reads = self.inner.reads | self.adds_reads
+        self.whole = self.whole or self.inner.whole
 
     @property
     def training(self) -> Training:

@@ -46,6 +46,10 @@ class GradDiff(LossMethod[GradDiffConfig]):
     citation: ClassVar[str] = "Liu et al., Continual Learning and Private Unlearning, CoLLAs 2022"
     config_type: ClassVar[type] = GradDiffConfig
 
+    def __init__(self, config: GradDiffConfig) -> None:
+        super().__init__(config)
+        self.whole = config.pull > 0
+
     def setup(self, ctx: Context) -> None:
         """Keep the original weights, if they pull."""
         kept = ctx.trainable.values() if self.config.pull > 0 else ()

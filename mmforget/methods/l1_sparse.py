@@ -37,6 +37,7 @@ class L1Sparse(LossMethod[L1SparseConfig]):
     citation: ClassVar[str] = (
         "Jia et al., Model Sparsity Can Simplify Machine Unlearning, NeurIPS 2023"
     )
+    whole: bool = True
     config_type: ClassVar[type] = L1SparseConfig
 
     def passes(self, epoch: int) -> Sequence[Pass]:

@@ -6,10 +6,12 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from mmforget.context import Context
 from mmforget.methods.base import Wrapper
 from mmforget.options import option
+from mmforget.sharding import like
 from mmforget.types import Batch
 
 
@@ -64,6 +66,12 @@ class SalUn(Wrapper[SalUnConfig]):
     def after_backward(self, ctx: Context) -> None:
         """Drop the gradient of weights that must not change."""
         super().after_backward(ctx)
+        weights = list(ctx.trainable.values())
+        if isinstance(weights[0], DTensor) and not isinstance(self.masks[0], DTensor):
+            self.masks, self.start = (
+                [like(value, weight) for value, weight in zip(values, weights, strict=True)]
+                for values in (self.masks, self.start)
+            )
         for weight, mask in zip(ctx.trainable.values(), self.masks, strict=True):
             if weight.grad is not None:
                 weight.grad.mul_(mask)

@@ -37,6 +37,7 @@ class SAM(Wrapper[SAMConfig]):
     citation: ClassVar[str] = (
         "Fan et al., Towards LLM Unlearning Resilient to Relearning, ICML 2025"
     )
+    whole: bool = True
     config_type: ClassVar[type] = SAMConfig
 
     def backward(self, ctx: Context, parts: Sequence[Part]) -> dict[str, Tensor]:

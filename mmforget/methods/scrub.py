@@ -53,6 +53,7 @@ class Scrub(LossMethod[ScrubConfig]):
         super().__init__(config)
         if config.rewind:
             self.reads = self.reads | {"val"}
+            self.whole = True
 
     def setup(self, ctx: Context) -> None:
         """Keep the original model."""

@@ -72,6 +72,7 @@ def run_case(
     seed: int = 0,
     resume: Path | None = None,
     model: nn.Module | None = None,
+    fsdp: str = "no",
 ) -> Outcome:
     """Run a method from the world's model of seed 0.
 
@@ -82,10 +83,11 @@ def run_case(
         seed: The unlearning seed.
         resume: Folder of step checkpoints; one is written after every step.
         model: What to start from; a copy of it is changed.
+        fsdp: See `Runtime`.
     """
     method = method or case.method()
     method.resume = resume
-    ctx, opened = _context(case, method, accumulation, seed, model)
+    ctx, opened = _context(case, method, accumulation, seed, model, fsdp)
     made = method.run(ctx)
     return Outcome(made, method, ctx, opened)
 
@@ -262,7 +264,12 @@ class _Watched:
 
 
 def _context(
-    case: Case, method: LossMethod[Any], accumulation: int, seed: int, model: nn.Module | None
+    case: Case,
+    method: LossMethod[Any],
+    accumulation: int,
+    seed: int,
+    model: nn.Module | None,
+    fsdp: str = "no",
 ) -> tuple[Context, set[str]]:
     world, opened = case.world, set[str]()
     names = [*world.splits.names(), "train"]
@@ -278,6 +285,7 @@ def _context(
         checkpoint_every_s=0.0,
         log_every=1,
         progress=False,
+        fsdp=fsdp,
     )
     engine = Engine(runtime)
     ctx = Context(

@@ -84,6 +84,10 @@ class ToyAdapter(ABC):
         """Return a copy."""
         return frozen_copy(model)
 
+    def shards(self, model: nn.Module) -> Sequence[nn.Module] | None:
+        """Return the model: it is called as a whole."""
+        return (model,)
+
     def parameters(self, model: nn.Module, scope: str) -> dict[str, nn.Parameter]:
         """Return all parameters, those of `model.head`, or those whose name a regex finds."""
         pattern = {"all": "", "head": r"^head\."}.get(scope, scope)

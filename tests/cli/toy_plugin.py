@@ -85,6 +85,9 @@ class PointAdapter:
     def frozen(self, model: nn.Module, trainable: Mapping[str, nn.Parameter]) -> nn.Module:
         return frozen_copy(model)
 
+    def shards(self, model: nn.Module) -> Sequence[nn.Module] | None:
+        return (model,)
+
     def parameters(self, model: nn.Module, scope: str) -> dict[str, nn.Parameter]:
         found = {n: p for n, p in model.named_parameters() if scope == "all" or n.startswith("2")}
         if scope not in ("all", "head"):

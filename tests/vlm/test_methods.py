@@ -94,7 +94,11 @@ class Made:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    folder = tmp_path_factory.mktemp("pictures")
+    return make_world(tmp_path_factory.mktemp("pictures"))
+
+
+def make_world(folder: Path) -> Made:
+    """Return a tiny model's world, its pictures written to a folder."""
     images = [folder / f"{k}.png" for k in range(3)]
     for k, path in enumerate(images):
         picture(k).save(path)

@@ -40,6 +40,7 @@ class BoundaryShrink(LossMethod[BoundaryShrinkConfig]):
     intent: ClassVar[str] = "removal"
     holds: ClassVar[str] = "a frozen copy of the original model"
     citation: ClassVar[str] = "Chen et al., Boundary Unlearning, CVPR 2023"
+    whole: bool = True
     config_type: ClassVar[type] = BoundaryShrinkConfig
 
     def setup(self, ctx: Context) -> None:

@@ -36,6 +36,7 @@ class LastBlocks(Supervised):
 
     config: LastBlocksConfig
     modalities = frozenset({"vision"})
+    whole: bool = True
 
     def __init__(self, config: LastBlocksConfig) -> None:
         if config.scope != "all":

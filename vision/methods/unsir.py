@@ -70,6 +70,7 @@ class UNSIR(LossMethod[UNSIRConfig]):
         "variant `outputs`: Choi & Na, arXiv 2311.02240"
     )
     coupled: ClassVar[bool] = True  # noise made for forget takes the place of retain images
+    whole: bool = True
     config_type: ClassVar[type] = UNSIRConfig
 
     def __init__(self, config: UNSIRConfig) -> None:

@@ -122,7 +122,7 @@ class RMU(LossMethod[RMUConfig]):
     def _states(self, ctx: Context, batch: Batch, model: nn.Module | None = None) -> Tensor:
         """Return the layer's output, [B, T, D]."""
         with ctx.engine.autocast():
-            found = adapter_of(ctx).hidden(model or ctx.model, batch.data, self.layer)
+            found = adapter_of(ctx).hidden(ctx.actual(model), batch.data, self.layer)
         if torch.is_grad_enabled() and not found.requires_grad:
             raise ConfigError(
                 f"method.scope={self.config.scope} holds no weight that acts on layer "
