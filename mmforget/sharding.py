@@ -8,8 +8,9 @@ Gradients are summed, not averaged, over processes: losses are divided by global
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -35,10 +36,10 @@ def check_sharding(ctx: Context, method: LossMethod[Any]) -> None:
     fsdp = ctx.engine.runtime.fsdp
     if fsdp == "no":
         return
-    if not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
+    if not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
         raise ConfigError(
             f"runtime.fsdp={fsdp} needs a newer PyTorch than {torch.__version__}: one whose "
-            f"fully_shard can sum gradients"
+            f"fully_shard adds up gradients that some processes lack"
         )
     why = None
     if method.whole:
@@ -50,17 +51,17 @@ def check_sharding(ctx: Context, method: LossMethod[Any]) -> None:
 
 
 @contextmanager
-def sharded(ctx: Context) -> Iterator[None]:
+def sharded(ctx: Context) -> "Iterator[Calls | None]":
     """Cut the model of a context, and the references it made, for the block; or do nothing.
 
     Within it `ctx.model` and `ctx.trainable` are the cut ones. After an error the models are left
-    empty: to fill them takes all processes.
+    empty: to fill them takes all processes. Gives what hears which weights are called.
 
     Raises:
         ConfigError: What is trained is no part of the model.
     """
     if ctx.engine.runtime.fsdp == "no":
-        yield
+        yield None
         return
     plain = [ctx.model, *ctx.references]
     # fully_shard takes contiguous weights alone, and channels-last ones are not.
@@ -88,7 +89,7 @@ def sharded(ctx: Context) -> Iterator[None]:
         whole.data = whole.data.new_empty(0)
     stand_ins = {id(one): other for one, other in zip(plain[1:], cut[1:], strict=True)}
     ctx.use(cut[0], {name: pairs[id(w)][1] for name, w in trainable.items()}, stand_ins)
-    yield
+    yield Calls(cut[0])
     for whole, part in pairs.values():
         assert isinstance(part, DTensor)
         full = part.full_tensor().detach()
@@ -99,14 +100,63 @@ def sharded(ctx: Context) -> Iterator[None]:
     ctx.use(plain[0], trainable, {})
 
 
+class Calls:
+    """Hears which trainable weights a step calls: processes may call different ones (experts).
+
+    FSDP gives all of them a gradient then, zeros where there is none. Weights that no process
+    called must be left without, or weight decay and momentum would move them.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._called: set[nn.Parameter] = set()
+        for module in model.modules():
+            own = [p for p in module.parameters(recurse=False) if p.requires_grad]
+            if own:
+                module.register_forward_pre_hook(partial(self._hear, own))
+
+    def _hear(self, weights: Sequence[nn.Parameter], module: nn.Module, args: Any) -> None:
+        if torch.is_grad_enabled():
+            self._called.update(weights)
+
+    def take(self, weights: Sequence[nn.Parameter]) -> list[bool]:
+        """Return which weights this process called since the last time.
+
+        A gradient that is not zero counts too, as weights can be read without a call.
+        """
+        found = [weight in self._called or _slopes(weight) for weight in weights]
+        self._called.clear()
+        return found
+
+
+def _slopes(weight: nn.Parameter) -> bool:
+    grad = weight.grad
+    local = grad.to_local() if isinstance(grad, DTensor) else grad
+    return local is not None and bool(local.any())
+
+
 def is_sharded(model: nn.Module) -> bool:
     """Return whether weights of a model are cut over processes."""
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
-def gathered(state: Any) -> Any:
-    """Return nested values with every cut tensor whole; all processes must call it."""
-    return tree_map(lambda x: x.full_tensor() if isinstance(x, DTensor) else x, state)
+def gathered(state: Any, keep: bool) -> Any:
+    """Return nested values with every cut tensor whole, in the CPU's memory.
+
+    One after the other, so that no device ever holds more than one of them. All processes must
+    call it, each for the same state.
+
+    Args:
+        state: Values.
+        keep: Whether this process wants them; where it does not, they are None.
+    """
+
+    def whole(value: Any) -> Any:
+        if not isinstance(value, DTensor):
+            return value
+        full = value.full_tensor()
+        return full.cpu() if keep else None
+
+    return tree_map(whole, state)
 
 
 def like(value: Tensor, weight: Tensor) -> Tensor:
@@ -120,8 +170,8 @@ def like(value: Tensor, weight: Tensor) -> Tensor:
 def blocks(root: nn.Module) -> list[nn.Module]:
     """Return the modules that are cut one by one: what the outermost lists of a model hold.
 
-    These are its repeated layers. Lists within them (experts) are left whole, as processes may
-    call other ones.
+    These are its repeated layers. Lists within them (experts) are not cut apart: what is cut by
+    itself is gathered when it is called, and processes may call different ones.
     """
     found: list[nn.Module] = []
     for child in root.children():
@@ -145,3 +195,4 @@ def _shard(root: nn.Module, engine: Engine) -> None:
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+            module.set_reduce_scatter_unused_params(True)  # see `Calls`

@@ -21,7 +21,7 @@ from mmforget.engine import Engine, epoch_order
 from mmforget.errors import CollapsedError, ConfigError
 from mmforget.methods.base import LossMethod, Part
 from mmforget.progress import progress
-from mmforget.sharding import check_sharding, gathered, like, sharded
+from mmforget.sharding import Calls, check_sharding, gathered, like, sharded
 from mmforget.types import Adapter, Batch, Dataset, Pass, Splits, Training
 
 logger = logging.getLogger(__name__)
@@ -127,8 +127,8 @@ def optimise(ctx: Context, method: LossMethod[Any]) -> nn.Module:
     if total == 0:
         return method.finish(ctx)
     found = _found(ctx, method)
-    with sharded(ctx):
-        _steps(ctx, method, counts, total, found)
+    with sharded(ctx) as calls:
+        _steps(ctx, method, counts, total, found, calls)
     ctx.model.eval()
     return method.finish(ctx)
 
@@ -139,6 +139,7 @@ def _steps(
     counts: Sequence[int],
     total: int,
     found: dict[str, Any] | None,
+    calls: Calls | None,
 ) -> None:
     """Take the steps of a run.
 
@@ -148,6 +149,7 @@ def _steps(
         counts: Steps of each epoch.
         total: Steps of the run.
         found: State of its step checkpoint, if it has one.
+        calls: Hears which weights are called, where they are cut.
     """
     config, engine = method.training, ctx.engine
     parameters = list(ctx.trainable.values())
@@ -174,7 +176,7 @@ def _steps(
                 optimizer.zero_grad()
                 with engine.seeded(ctx.seed, "forward", ctx.step):
                     terms = method.backward(ctx, parts)
-                _reduce(engine, parameters)
+                _reduce(engine, parameters, calls)
                 method.after_backward(ctx)
                 if config.clip_norm is not None:
                     engine.clip(optimizer, parameters, config.clip_norm)
@@ -196,7 +198,7 @@ def _steps(
                 # Only once all losses so far were written, and found finite.
                 if method.resume is not None and not log.waiting:
                     due = time.monotonic() - saved > engine.runtime.checkpoint_every_s
-                    if engine.agree(due):
+                    if due if calls is None else engine.agree(due):  # to gather takes all
                         _save(ctx, method, optimizer)
                         saved = time.monotonic()
             if total < ctx.steps:
@@ -400,13 +402,19 @@ class StepLog:
         self.waiting.clear()
 
 
-def _reduce(engine: Engine, parameters: Sequence[nn.Parameter]) -> None:
-    if engine.world == 1 or engine.runtime.fsdp != "no":  # cut gradients are summed already
+def _reduce(engine: Engine, parameters: Sequence[nn.Parameter], calls: Calls | None) -> None:
+    if engine.world == 1:
         return
     # A collective needs the same tensors on every process; weights that none of them used stay
     # without a gradient, as on one process, or weight decay and momentum would move them.
-    used = torch.tensor([float(p.grad is not None) for p in parameters], device=engine.device)
+    mine = [p.grad is not None for p in parameters] if calls is None else calls.take(parameters)
+    used = torch.tensor([float(each) for each in mine], device=engine.device)
     engine.reduce_sum([used])
+    if calls is not None:  # cut gradients are summed already
+        for parameter, count in zip(parameters, used.tolist(), strict=True):
+            if not count:
+                parameter.grad = None
+        return
     shared = [p for p, count in zip(parameters, used.tolist(), strict=True) if count]
     for parameter in shared:
         if parameter.grad is None:
@@ -416,7 +424,8 @@ def _reduce(engine: Engine, parameters: Sequence[nn.Parameter]) -> None:
 
 def _save(ctx: Context, method: LossMethod[Any], optimizer: torch.optim.Optimizer) -> None:
     assert method.resume is not None
-    weights = gathered({"model": ctx.model.state_dict(), "optimizer": optimizer.state_dict()})
+    state = {"model": ctx.model.state_dict(), "optimizer": optimizer.state_dict()}
+    weights = gathered(state, keep=ctx.engine.is_main)
     if not ctx.engine.is_main:
         return
     rest = {"method": method.state(), "step": ctx.step, "cost": ctx.engine.meter.state()}
@@ -444,11 +453,17 @@ def _resume(
     """Take back the rest of a step checkpoint; return the steps already done."""
     if state is None:
         return 0
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    for index, kept in state["optimizer"]["state"].items():
+        if isinstance(weights[index], DTensor):  # one at a time, or whole ones would not fit
+            for key, value in kept.items():
+                if isinstance(value, Tensor) and value.shape == weights[index].shape:
+                    kept[key] = like(value, weights[index])
     optimizer.load_state_dict(state["optimizer"])
     for weight, kept in optimizer.state.items():  # an update needs the memory layout of its weight
         for key, value in kept.items():
             if isinstance(value, Tensor) and value.shape == weight.shape:
-                kept[key] = like(value, weight)
+                kept[key] = value if isinstance(value, DTensor) else like(value, weight)
     method.load_state(state["method"])
     ctx.engine.meter.load_state(state["cost"])
     ctx.engine.rewind_log(state["step"])

@@ -73,6 +73,7 @@ def run_case(
     resume: Path | None = None,
     model: nn.Module | None = None,
     fsdp: str = "no",
+    precision: str = "no",
 ) -> Outcome:
     """Run a method from the world's model of seed 0.
 
@@ -84,10 +85,11 @@ def run_case(
         resume: Folder of step checkpoints; one is written after every step.
         model: What to start from; a copy of it is changed.
         fsdp: See `Runtime`.
+        precision: See there.
     """
     method = method or case.method()
     method.resume = resume
-    ctx, opened = _context(case, method, accumulation, seed, model, fsdp)
+    ctx, opened = _context(case, method, accumulation, seed, model, fsdp, precision)
     made = method.run(ctx)
     return Outcome(made, method, ctx, opened)
 
@@ -270,6 +272,7 @@ def _context(
     seed: int,
     model: nn.Module | None,
     fsdp: str = "no",
+    precision: str = "no",
 ) -> tuple[Context, set[str]]:
     world, opened = case.world, set[str]()
     names = [*world.splits.names(), "train"]
@@ -286,6 +289,7 @@ def _context(
         log_every=1,
         progress=False,
         fsdp=fsdp,
+        precision=precision,
     )
     engine = Engine(runtime)
     ctx = Context(

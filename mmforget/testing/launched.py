@@ -2,7 +2,7 @@
 
 `torchrun --nproc_per_node 2 -m mmforget.testing.launched CASES.json FOLDER` writes
 `FOLDER/<index>.safetensors` for each case `{"name", "settings", "world"}`, and how many processes
-there were. A case may have `accumulation`, `fsdp` and `resume`, as in `run_case`.
+there were. A case may have `accumulation`, `fsdp`, `precision` and `resume`, as in `run_case`.
 """
 
 import json
@@ -23,7 +23,9 @@ def run_cases(cases: Sequence[Mapping[str, Any]], folder: Path) -> int:
     processes = 0
     for index, case in enumerate(cases):
         world = toy_world(case["world"])
-        options: dict[str, Any] = {k: case[k] for k in ("accumulation", "fsdp") if k in case}
+        options: dict[str, Any] = {
+            k: case[k] for k in ("accumulation", "fsdp", "precision") if k in case
+        }
         if "resume" in case:
             options["resume"] = Path(case["resume"])
         outcome = run_case(Case(case["name"], case["settings"], world), **options)

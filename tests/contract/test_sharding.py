@@ -1,15 +1,20 @@
-"""Training cut over two processes gives the weights of one; what cannot be cut says so."""
+"""Training cut over two processes gives the weights of one; what cannot be cut says so.
+
+`torchrun --nproc_per_node 2 -m tests.contract.test_sharding FOLDER` trains a model of experts cut.
+"""
 
 import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from mmforget.checkpoint import read_state
+from mmforget.checkpoint import read_state, save_model
 from mmforget.engine import Engine, Runtime
 from mmforget.errors import ConfigError
 from mmforget.methods.base import make_loss_method
@@ -32,7 +37,7 @@ def cut(key):
 
 
 def case(name, settings, world, **options):
-    return {"name": name, "settings": settings, "world": world, **options}
+    return {"name": name, "settings": settings, "world": world, "precision": "fp64", **options}
 
 
 CASES = [
@@ -45,22 +50,11 @@ CASES += [case("finetune", {**PLAIN, "batch_size": 1, "max_steps": 5}, "noise", 
 CASES += [case("grad_diff", {**PLAIN, "norm": "train"}, "classes", fsdp="full")]
 
 
-@pytest.fixture(scope="module")
-def launched(tmp_path_factory):
-    """Run all cases on two processes; return the folder."""
-    folder = tmp_path_factory.mktemp("launched")
-    stopped = Case(RUN[0], {**RUN[1], "max_steps": 2}, toy_world(RUN[2]))
-    run_case(stopped, resume=folder / "from one")
-    more = [
-        case(*RUN, fsdp="full", resume=str(folder / "from one")),
-        case(RUN[0], stopped.settings, RUN[2], fsdp="full", resume=str(folder / "from two")),
-    ]
-    file = folder / "cases.json"
-    file.write_text(json.dumps([*CASES, *more]))
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    launch += ["-m", "mmforget.testing.launched", str(file), str(folder)]
+def launch(module, *arguments):
+    """Run a module on two processes."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
-        [sys.executable, *launch],
+        [sys.executable, *torchrun, "-m", module, *map(str, arguments)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -68,6 +62,21 @@ def launched(tmp_path_factory):
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory):
+    """Run all cases on two processes; return the folder."""
+    folder = tmp_path_factory.mktemp("launched")
+    stopped = {**RUN[1], "max_steps": 2}
+    run_case(Case(RUN[0], stopped, toy_world(RUN[2])), resume=folder / "one", precision="fp64")
+    more = [
+        case(*RUN, fsdp="full", resume=str(folder / "one")),
+        case(RUN[0], stopped, RUN[2], fsdp="full", resume=str(folder / "two")),
+    ]
+    file = folder / "cases.json"
+    file.write_text(json.dumps([*CASES, *more]))
+    launch("mmforget.testing.launched", file, folder)
     assert (folder / "processes").read_text() == "2"
     return folder
 
@@ -76,11 +85,11 @@ def assert_same(found, wanted, what):
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():
         far = (found[name].double() - value.double()).abs().max()
-        assert far <= 2e-5, f"{what}: {name} differs by {far:.2g}"
+        assert far <= 1e-9, f"{what}: {name} differs by {far:.2g}"
 
 
 def test_two_processes_with_cut_weights_give_those_of_one(launched, tmp_path):
-    run_cases([{**case, "fsdp": "no"} for case in CASES], tmp_path)
+    run_cases([{**each, "fsdp": "no"} for each in CASES], tmp_path)
     for index, each in enumerate(CASES):
         alone = read_state(tmp_path / f"{index}.safetensors")
         start = toy_world(each["world"]).build(0).state_dict()
@@ -89,11 +98,50 @@ def test_two_processes_with_cut_weights_give_those_of_one(launched, tmp_path):
 
 
 def test_a_killed_run_goes_on_with_another_sharding(launched):
-    whole = run_case(Case(RUN[0], RUN[1], toy_world(RUN[2]))).model.state_dict()
+    world = Case(RUN[0], RUN[1], toy_world(RUN[2]))
+    whole = run_case(world, precision="fp64").model.state_dict()
     assert_same(read_state(launched / f"{len(CASES)}.safetensors"), whole, "one, then two")
-    found = run_case(Case(RUN[0], RUN[1], toy_world(RUN[2])), resume=launched / "from two")
+    found = run_case(world, resume=launched / "two", precision="fp64")
     assert_same(found.model.state_dict(), whole, "two, then one")
     assert found.ctx.engine.meter.steps > 2
+
+
+class Experts(nn.Module):
+    """Rows go to one of two experts by the sign of a feature, and none to the third."""
+
+    def __init__(self, width, classes):
+        super().__init__()
+        self.experts = nn.ModuleDict({str(k): nn.Linear(width, classes) for k in range(3)})
+
+    def forward(self, x):
+        chosen = (x[:, 0] > 0).long()
+        made = x.new_zeros(len(x), self.experts["0"].out_features)
+        for k in range(2):
+            rows = chosen == k
+            if rows.any():
+                made[rows] = self.experts[str(k)](x[rows])
+        return made
+
+
+def train_experts(fsdp):
+    """Train with batches of two, whose rows mostly go to different experts; return model, start."""
+    world = toy_world("classes")
+    width, classes = world.build(0).body[0].in_features, world.build(0).head.out_features
+    torch.manual_seed(0)
+    start = Experts(width, classes).double()
+    settings = {**PLAIN, "batch_size": 2, "weight_decay": 0.1, "max_steps": 12}
+    each = Case("finetune", settings, replace(world, build=lambda seed: start))
+    return run_case(each, model=start, fsdp=fsdp, precision="fp64").model, start
+
+
+def test_processes_may_call_different_weights(tmp_path):
+    launch("tests.contract.test_sharding", tmp_path)
+    alone, start = train_experts("no")
+    assert_same(read_state(tmp_path / "experts.safetensors"), alone.state_dict(), "experts")
+    moved = [
+        not torch.equal(a, b) for a, b in zip(alone.parameters(), start.parameters(), strict=True)
+    ]
+    assert moved == [True] * 4 + [False] * 2  # the third is not even decayed
 
 
 @pytest.mark.parametrize("key", [key for key in SETTINGS if not cut(key)])
@@ -120,3 +168,14 @@ def test_outermost_lists_are_cut():
     model.add_module("layers", nn.ModuleList([layer]))
     assert blocks(model) == [model.tower.layers[0], layer]
     assert blocks(nn.Linear(2, 2)) == []
+
+
+def main(folder):
+    """Train experts cut, and write them."""
+    model, _ = train_experts("full")
+    if os.environ["RANK"] == "0":
+        save_model(model, folder / "experts.safetensors")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -8,14 +8,14 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from mmforget.checkpoint import read_state, save_model
@@ -23,9 +23,10 @@ from mmforget.context import Context
 from mmforget.engine import Engine, Runtime
 from mmforget.errors import ConfigError
 from mmforget.methods.base import make_loss_method
-from mmforget.sharding import is_sharded, sharded
+from mmforget.sharding import gathered, is_sharded, sharded
 from mmforget.testing.contract import Case, run_case
-from mmforget.types import subset
+from mmforget.training import make_optimizer
+from mmforget.types import Training, subset
 from tests.vlm.test_methods import PLAIN, RMU_PLAIN, Made, make_world
 
 torch.set_num_threads(1)
@@ -44,14 +45,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 def run(made: Made, fsdp: str) -> dict[str, nn.Module]:
     return {
-        key: run_case(Case(name, settings, made.world), fsdp=fsdp).model
+        key: run_case(Case(name, settings, made.world), fsdp=fsdp, precision="fp64").model
         for key, (name, settings) in CASES.items()
     }
 
 
-def held(weights: Mapping[str, nn.Parameter]) -> int:
-    """Return the bytes of weights on this process."""
-    local = (w.to_local() if isinstance(w, DTensor) else w for w in weights.values())
+def held(tensors: Iterable[Tensor]) -> int:
+    """Return the bytes of tensors on this process."""
+    local = (t.to_local() if isinstance(t, DTensor) else t for t in tensors)
     return sum(weight.numel() * weight.element_size() for weight in local)
 
 
@@ -69,10 +70,23 @@ def measure(made: Made) -> dict[str, Any]:
         seed=0,
     )
     ctx.scope("all")
-    whole, empty = held(dict(model.named_parameters())), {}
+    whole = held(model.parameters())
     with sharded(ctx):
-        cut, empty = held(dict(ctx.model.named_parameters())), held(dict(model.named_parameters()))
+        cut, empty = held(ctx.model.parameters()), held(model.parameters())
         inside = is_sharded(ctx.model)
+        optimizer = make_optimizer(Training(optimizer="adam", lr=0.0), list(ctx.trainable.values()))
+        for weight in ctx.trainable.values():
+            weight.grad = torch.zeros_like(weight)
+        optimizer.step()
+        moments = held(
+            value
+            for kept in optimizer.state.values()
+            for value in kept.values()
+            if isinstance(value, Tensor) and value.dim()
+        )
+        saved = gathered(optimizer.state_dict()["state"], keep=ctx.engine.is_main)
+        first = saved[0]["exp_avg"]
+        trained = held(ctx.trainable.values())
         bare = [replace(item, image=None) for item in made.world.splits.forget.items[:2]]  # type: ignore[attr-defined]
         batch = next(iter(ctx.batches("forget", 2)))
         try:
@@ -88,6 +102,8 @@ def measure(made: Made) -> dict[str, Any]:
         "whole": whole,
         "cut": cut,
         "empty": empty,
+        "moments": moments / trained,
+        "saved": None if first is None else type(first) is Tensor and first.device.type == "cpu",
         "inside": inside,
         "after": is_sharded(ctx.model) or ctx.model is not model,
         "same": same,
@@ -123,13 +139,15 @@ def test_two_processes_with_cut_weights_give_those_of_one(folder: Path, tmp_path
         assert moved, key
         for name, value in state.items():
             far = float((cut[name] - value).abs().max())
-            assert far <= 1e-5, f"{key}: {name} differs by {far:.2g}"
+            assert far <= 1e-9, f"{key}: {name} differs by {far:.2g}"
 
 
 def test_a_process_holds_its_part_and_gives_the_whole_back(folder: Path) -> None:
     for rank in range(2):
         found = json.loads((folder / f"{rank}.json").read_text())
         assert 0.45 < found["cut"] / found["whole"] < 0.6 and found["empty"] == 0
+        assert found["moments"] == 2
+        assert found["saved"] is (True if rank == 0 else None)
         assert found["inside"] and not found["after"] and found["same"]
         assert "an image in every item" in found["said"]
         assert found["rows"] == 1  # fewer batches than processes
