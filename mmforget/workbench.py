@@ -277,27 +277,47 @@ class Workbench:
             bench.benchmark.adapter.apply_request(made, splits)
             return made
 
-        student = copy.deepcopy(model)
-        bench.benchmark.adapter.apply_request(student, splits)
-        ctx = Context(
-            engine=engine,
-            adapter=bench.benchmark.adapter,
-            model=engine.place(student),
-            splits=splits,
-            reads=method.reads,
-            label=plan.method,
-            seed=seed,
-            fresh_model=fresh,
-            retrain=retrain,
-            train=partial(bench.benchmark.train, engine),
-            target=stage.target,
-        )
-        with engine.metered() as meter, _memory_hint():
-            made = method.run(ctx).eval()
+        with self._aside(model, original), _memory_hint():
+            student = copy.deepcopy(model)
+            bench.benchmark.adapter.apply_request(student, splits)
+            ctx = Context(
+                engine=engine,
+                adapter=bench.benchmark.adapter,
+                model=engine.place(student),
+                splits=splits,
+                reads=method.reads,
+                label=plan.method,
+                seed=seed,
+                fresh_model=fresh,
+                retrain=retrain,
+                train=partial(bench.benchmark.train, engine),
+                target=stage.target,
+            )
+            with engine.metered() as meter:
+                made = method.run(ctx).eval()
         if reference:  # the reference is loaded from the cache: its cost is that of its training
             return made, reference[0]
         trainable = sum(parameter.numel() for parameter in ctx.trainable.values())
         return made, replace(meter.cost(trainable), prepare_s=prepare_s)
+
+    @contextmanager
+    def _aside(self, *models: nn.Module) -> Iterator[None]:
+        """Keep these models, and those of views, in the CPU's memory for the block.
+
+        A GPU then holds no other model than the method does.
+        """
+        if self.engine.device.type == "cpu":
+            yield
+            return
+        seen = {id(view.model): view.model for view in self._views.values()}
+        held = seen | {id(model): model for model in models}
+        for model in held.values():
+            model.to("cpu")
+        try:
+            yield
+        finally:
+            for model in held.values():
+                self.engine.place(model)
 
     def _prepared(
         self,

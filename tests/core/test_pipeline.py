@@ -16,11 +16,13 @@ from torch import nn
 from mmforget.cache import Cache
 from mmforget.config import load_config, plan
 from mmforget.context import Context
+from mmforget.engine import Engine, Runtime
 from mmforget.errors import BusyError, ConfigError, SplitError
 from mmforget.pipeline import Pipeline, replay
 from mmforget.record import RunResult, find_runs, load_run
 from mmforget.registry import METHODS, load_plugins
-from mmforget.types import UnlearningMethod, subset
+from mmforget.types import ModelView, UnlearningMethod, subset
+from mmforget.workbench import Workbench
 
 load_plugins((Path(__file__).parents[1] / "cli" / "toy_plugin.py",))
 WORDS = ["benchmark=toy/points", "benchmark.training.epochs=3", "runtime.checkpoint_every_s=0"]
@@ -257,3 +259,39 @@ def test_preparing_is_done_once_and_sees_no_request(tmp_path: Path) -> None:
     assert Prepared.calls == ["prepare", "run", "run"], "it is kept in the cache"
     assert again.metrics["loss/forget"] == first.metrics["loss/forget"]
     assert again.cost.prepare_s == first.cost.prepare_s
+
+
+class Moved(nn.Linear):
+    """A layer that notes where it is sent."""
+
+    def __init__(self) -> None:
+        super().__init__(1, 1)
+        self.places: list[str] = []
+
+    def to(self, place: str) -> "Moved":  # type: ignore[override]
+        self.places.append(place)
+        return self
+
+
+class Elsewhere(Engine):
+    """An engine of a device that is not there."""
+
+    def __init__(self) -> None:
+        super().__init__(Runtime(device="cpu", progress=False))
+        self.device = torch.device("cuda")
+
+    def place(self, model: nn.Module) -> nn.Module:
+        return model.to("device")  # type: ignore[arg-type]
+
+
+def test_a_gpu_holds_no_other_model_while_a_method_runs(tmp_path: Path) -> None:
+    workbench = Workbench(Elsewhere(), Cache(tmp_path))
+    original, retrained = Moved(), Moved()
+    workbench._views["retrained"] = ModelView(lambda: retrained, lambda m, d: {}, None)  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError), workbench._aside(original, original):
+        assert original.places == retrained.places == ["cpu"]
+        raise RuntimeError  # a method fails, and the next one goes on
+    assert original.places == retrained.places == ["cpu", "device"]
+    here = Workbench(Engine(Runtime(device="cpu", progress=False)), Cache(tmp_path))
+    with here._aside(original):
+        assert original.places == ["cpu", "device"]
