@@ -238,7 +238,8 @@ def test_a_full_img2img_starts_from_noise_alone(tmp_path: Path) -> None:
     plain = [
         arena.paint([Shot(e, e.prompt, attack.seed(arena, e))], DDIM)[0] for e in arena.examples
     ]
-    assert torch.equal(drawn(attack, arena, 0), torch.stack(plain))
+    # One by one or as a batch: rounding may decide a pixel's last bit.
+    assert (drawn(attack, arena, 0).int() - torch.stack(plain).int()).abs().max() <= 1
     other = arena_of(attack, arena.model, model(seed=2), tmp_path)  # other target pictures
     assert torch.equal(drawn(attack, other, 0), drawn(attack, arena, 0))
     assert not torch.equal(drawn(attack, other, 1), drawn(attack, arena, 1))
