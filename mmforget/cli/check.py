@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -145,12 +146,13 @@ def _estimate(plan: "Plan") -> Estimate | None:
     # Starting weights would be read, or downloaded; they do not change the sizes.
     start = {"pretrained": False, "checkpoint": None}
     model = replace(model, **{f.name: start[f.name] for f in fields(model) if f.name in start})
-    benchmark = BENCHMARKS.get(plan.benchmark)(config, data, model, request, store=Path())
-    try:
-        with torch.device("meta"):
-            built = benchmark.build(0)
-    except (RuntimeError, ValueError, AttributeError):  # a model that has to see data or weights
-        return None
+    with TemporaryDirectory() as store:  # a mini model leaves its folder, or a lock, there
+        benchmark = BENCHMARKS.get(plan.benchmark)(config, data, model, request, Path(store))
+        try:
+            with torch.device("meta"):
+                built = benchmark.build(0)
+        except (RuntimeError, ValueError, AttributeError):  # it has to see data or weights
+            return None
     weights = sum(p.numel() for p in built.parameters())
     method = METHODS.get(plan.method)(plan.sections["method"])
     recipe = (

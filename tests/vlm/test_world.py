@@ -15,7 +15,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
+from mmforget.cli import application
 from mmforget.errors import ConfigError
 from mmforget.vlm.drawings import TABLES, WALLS
 from mmforget.vlm.formats import (
@@ -372,3 +374,12 @@ def test_neither_formats_nor_worlds_import_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_a_check_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MMFORGET_CACHE", str(tmp_path / "cache"))
+    words = ["check", "benchmark=vlm/fiubench", "method=npo"]
+    result = CliRunner().invoke(application(), words)
+    assert result.exit_code == 0, result.output
+    assert not list(tmp_path.iterdir())
