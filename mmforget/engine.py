@@ -5,6 +5,7 @@ count of examples (or units), gradients are summed over processes once per optim
 random numbers are drawn for the whole batch and cut (`mmforget.rng.Draws`).
 """
 
+import atexit
 import json
 import logging
 import os
@@ -99,6 +100,9 @@ class Engine:
         self.rank = self.accelerator.process_index
         self.world = self.accelerator.num_processes
         _check_shard(self.runtime, self.world)
+        if self.world > 1:  # threads of a group that is left open can abort a finished process
+            atexit.unregister(_leave)
+            atexit.register(_leave)
         self.events: Path | None = None
         self.meter = Meter(self.device)
 
@@ -494,6 +498,12 @@ def _resident(reset: bool = False) -> int:
 
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _leave() -> None:
+    """Close the group of processes."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _check_shard(runtime: Runtime, world: int) -> None:

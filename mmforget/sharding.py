@@ -134,11 +134,6 @@ def _slopes(weight: nn.Parameter) -> bool:
     return local is not None and bool(local.any())
 
 
-def is_sharded(model: nn.Module) -> bool:
-    """Return whether weights of a model are cut over processes."""
-    return any(isinstance(module, FSDPModule) for module in model.modules())
-
-
 def gathered(state: Any, keep: bool) -> Any:
     """Return nested values with every cut tensor whole, in the CPU's memory.
 

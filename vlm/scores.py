@@ -532,7 +532,7 @@ def _precise(logits: Tensor) -> Tensor:
 
 
 def _best(values: Tensor) -> Tensor:
-    """Return argmax over the last axis, the first of equals; on a CPU by numpy, 20 times faster."""
+    """Return argmax over the last axis, the first of equals; on a CPU by numpy, which is faster."""
     if values.device.type == "cpu":
         return torch.from_numpy(np.asarray(values.numpy().argmax(-1)))
     return values.argmax(-1)

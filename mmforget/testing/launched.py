@@ -6,10 +6,12 @@ there were. A case may have `accumulation`, `fsdp`, `precision` and `resume`, as
 """
 
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -35,6 +37,31 @@ def run_cases(cases: Sequence[Mapping[str, Any]], folder: Path) -> int:
     return processes
 
 
+def launch(module: str, *arguments: object) -> None:
+    """Run a module on two processes of a CPU.
+
+    Raises:
+        AssertionError: It failed; with what it said last.
+    """
+    # Not `accelerate launch --cpu`, which starts one process whatever number it is given.
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [sys.executable, *torchrun, "-m", module, *map(str, arguments)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def leave() -> NoReturn:
+    """End a process of several that is done: gloo's threads at times abort one that is torn down."""
+    torch.distributed.barrier()
+    os._exit(0)
+
+
 def main(arguments: Sequence[str]) -> None:
     """Run the cases of a file."""
     torch.set_num_threads(1)
@@ -45,3 +72,4 @@ def main(arguments: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1:])
+    leave()

@@ -1,13 +1,10 @@
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from mmforget.checkpoint import read_state
-from mmforget.testing.launched import run_cases
+from mmforget.testing.launched import launch, run_cases
 
 torch.set_num_threads(1)
 
@@ -33,18 +30,7 @@ def test_two_processes_give_the_weights_of_one(tmp_path):
     run_cases(CASES, one)
     file = tmp_path / "cases.json"
     file.write_text(json.dumps(CASES))
-    # Not `accelerate launch --cpu`, which starts one process whatever number it is given.
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    launch += ["-m", "mmforget.testing.launched", str(file), str(two)]
-    done = subprocess.run(
-        [sys.executable, *launch],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    launch("mmforget.testing.launched", file, two)
     assert (two / "processes").read_text() == "2"
     for index, case in enumerate(CASES):
         alone = read_state(one / f"{index}.safetensors")

@@ -5,7 +5,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from mmforget.errors import ConfigError
 from mmforget.methods.base import make_loss_method
 from mmforget.sharding import blocks, check_sharding
 from mmforget.testing.contract import Case, run_case
-from mmforget.testing.launched import run_cases
+from mmforget.testing.launched import launch, leave, run_cases
 from mmforget.testing.toys import toy_world
 from tests.contract.test_contract import PLAIN, SETTINGS
 
@@ -48,20 +47,6 @@ CASES += [case(*RUN, fsdp="full", accumulation=3), case(*RUN, fsdp="gradients", 
 # Fewer rows than processes; batch statistics over all of them.
 CASES += [case("finetune", {**PLAIN, "batch_size": 1, "max_steps": 5}, "noise", fsdp="full")]
 CASES += [case("grad_diff", {**PLAIN, "norm": "train"}, "classes", fsdp="full")]
-
-
-def launch(module, *arguments):
-    """Run a module on two processes."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [sys.executable, *torchrun, "-m", module, *map(str, arguments)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
 
 
 @pytest.fixture(scope="module")
@@ -179,3 +164,4 @@ def main(folder):
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    leave()

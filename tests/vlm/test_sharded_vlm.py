@@ -6,7 +6,6 @@
 import copy
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Iterable
 from dataclasses import replace
@@ -23,8 +22,9 @@ from mmforget.context import Context
 from mmforget.engine import Engine, Runtime
 from mmforget.errors import ConfigError
 from mmforget.methods.base import make_loss_method
-from mmforget.sharding import gathered, is_sharded, sharded
+from mmforget.sharding import gathered, sharded
 from mmforget.testing.contract import Case, run_case
+from mmforget.testing.launched import launch, leave
 from mmforget.training import make_optimizer
 from mmforget.types import Training, subset
 from tests.vlm.test_methods import PLAIN, RMU_PLAIN, Made, make_world
@@ -73,7 +73,7 @@ def measure(made: Made) -> dict[str, Any]:
     whole = held(model.parameters())
     with sharded(ctx):
         cut, empty = held(ctx.model.parameters()), held(model.parameters())
-        inside = is_sharded(ctx.model)
+        inside = ctx.model.sharded
         optimizer = make_optimizer(Training(optimizer="adam", lr=0.0), list(ctx.trainable.values()))
         for weight in ctx.trainable.values():
             weight.grad = torch.zeros_like(weight)
@@ -105,7 +105,7 @@ def measure(made: Made) -> dict[str, Any]:
         "moments": moments / trained,
         "saved": None if first is None else type(first) is Tensor and first.device.type == "cpu",
         "inside": inside,
-        "after": is_sharded(ctx.model) or ctx.model is not model,
+        "after": ctx.model.sharded or ctx.model is not model,
         "same": same,
         "said": said,
         "rows": len(rows["loss"]),
@@ -115,16 +115,7 @@ def measure(made: Made) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made: Path = tmp_path_factory.mktemp("sharded")
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [sys.executable, *launch, "-m", "tests.vlm.test_sharded_vlm", str(made)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    launch("tests.vlm.test_sharded_vlm", made)
     return made
 
 
@@ -167,3 +158,4 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    leave()
