@@ -57,7 +57,7 @@ def launch(module: str, *arguments: object) -> None:
 
 
 def leave() -> NoReturn:
-    """End a process of several that is done: gloo's threads at times abort one that is torn down."""
+    """End one of several processes: gloo at times aborts one that is torn down."""
     torch.distributed.barrier()
     os._exit(0)
 
